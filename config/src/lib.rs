@@ -1,0 +1,374 @@
+//! vz's configuration: `/etc/vz/config.toml`, its drop-ins, containerd's ConfigPath and a container's annotations, in
+//! this order, into one validated [`Config`]. `config/vz.toml` is the commented default.
+
+use std::{
+    collections::HashMap,
+    env, fs, io,
+    path::{Path, PathBuf},
+};
+
+use serde::Deserialize;
+
+mod layer;
+
+/// The main file.
+pub const MAIN: &str = "/etc/vz/config.toml";
+/// Its drop-ins.
+pub const DROP_INS: &str = "/etc/vz/config.d";
+/// Prefix of annotations that are for us.
+pub const ANNOTATION: &str = "io.containerd.vz/";
+/// Where guest bundles are looked for when none is configured.
+const BUNDLES: [&str; 2] = ["/usr/local/share/vz/linux/container", "/usr/share/vz/linux/container"];
+
+/// Which machine a sandbox runs on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Machine {
+    /// The best that works on this host.
+    #[default]
+    Auto,
+    /// QEMU's `microvm` under software emulation.
+    Qemu,
+}
+
+/// The whole configuration. Defaults are those of `config/vz.toml`.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// Which machine to use.
+    pub machine: Machine,
+    /// Annotations that a container may set, without [`ANNOTATION`].
+    pub annotations: Vec<String>,
+    /// Lowest level that is logged.
+    pub log_level: LogLevel,
+    /// The guest bundle.
+    pub guest: Guest,
+    /// Size of VMs.
+    pub vm: Vm,
+    /// Deadlines.
+    pub timeouts: Timeouts,
+    /// QEMU.
+    pub qemu: Qemu,
+    /// The guest's console.
+    pub console: Console,
+}
+
+/// A level of logging.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[allow(missing_docs)]
+pub enum LogLevel {
+    Error,
+    Warn,
+    #[default]
+    Info,
+    Debug,
+    Trace,
+}
+
+impl LogLevel {
+    /// Its name, as in the configuration.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Error => "error",
+            Self::Warn => "warn",
+            Self::Info => "info",
+            Self::Debug => "debug",
+            Self::Trace => "trace",
+        }
+    }
+}
+
+/// `[guest]`
+#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Guest {
+    /// The bundle's directory; empty means the first installed one, see [`Config::guest_bundle`].
+    pub bundle: PathBuf,
+    /// Appended to the kernel command line.
+    pub kernel_args: String,
+}
+
+/// `[vm]`
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Vm {
+    /// vCPUs without a limit.
+    pub vcpus: u32,
+    /// MiB without a limit.
+    pub memory_mib: u64,
+    /// MiB on top of a limit.
+    pub memory_base_mib: u64,
+    /// Most vCPUs; 0 means the host's.
+    pub max_vcpus: u32,
+    /// Most MiB; 0 means the host's.
+    pub max_memory_mib: u64,
+}
+
+/// `[timeouts]`, in seconds.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Timeouts {
+    /// From the VM's start to the agent's connection.
+    pub boot_s: u64,
+    /// For a request to the agent.
+    pub agent_s: u64,
+    /// For output after a process's end.
+    pub drain_s: u64,
+}
+
+/// `[qemu]`
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Qemu {
+    /// A name in `PATH`, or an absolute path.
+    pub path: PathBuf,
+}
+
+/// `[console]`
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Console {
+    /// KiB that are kept.
+    pub limit_kib: u64,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            machine: Machine::default(),
+            annotations: vec!["vcpus".into(), "memory-mib".into()],
+            log_level: LogLevel::default(),
+            guest: Guest::default(),
+            vm: Vm::default(),
+            timeouts: Timeouts::default(),
+            qemu: Qemu::default(),
+            console: Console::default(),
+        }
+    }
+}
+
+impl Default for Vm {
+    fn default() -> Self {
+        Self { vcpus: 1, memory_mib: 1024, memory_base_mib: 128, max_vcpus: 0, max_memory_mib: 0 }
+    }
+}
+
+impl Default for Timeouts {
+    fn default() -> Self {
+        Self { boot_s: 30, agent_s: 30, drain_s: 10 }
+    }
+}
+
+impl Default for Qemu {
+    fn default() -> Self {
+        Self { path: "qemu-system-x86_64".into() }
+    }
+}
+
+impl Default for Console {
+    fn default() -> Self {
+        Self { limit_kib: 256 }
+    }
+}
+
+/// Why there is no configuration.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A file or directory could not be read.
+    #[error("read configuration {path}")]
+    Read {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// A file is not TOML, or has a key or value that is not known.
+    #[error("configuration {path}: {source}")]
+    Parse {
+        /// Which.
+        path: PathBuf,
+        /// Where and what.
+        source: Box<toml::de::Error>,
+    },
+    /// A value is out of its bounds.
+    #[error("configuration: {key} is {found}, must be {wanted}")]
+    Value {
+        /// The key.
+        key: &'static str,
+        /// What it is.
+        found: u64,
+        /// What it may be.
+        wanted: &'static str,
+    },
+    /// An annotation is not known, or not allowed by `annotations`.
+    #[error("annotation {ANNOTATION}{key} is not {why}")]
+    Annotation {
+        /// The key.
+        key: String,
+        /// `known` or `allowed by the configuration's "annotations"`.
+        why: &'static str,
+    },
+    /// An annotation's value is no number.
+    #[error("annotation {ANNOTATION}{key}: {value:?} is not a number")]
+    Number {
+        /// The key.
+        key: String,
+        /// Its value.
+        value: String,
+    },
+    /// No guest bundle is configured or installed.
+    #[error("no guest bundle: set guest.bundle in {MAIN}, or install one in {}", BUNDLES[0])]
+    NoBundle,
+}
+
+impl Config {
+    /// Reads the host's configuration, with the file `extra` (containerd's ConfigPath) last where there is one.
+    ///
+    /// In the environment `VZ_CONFIG` names another main file, without drop-ins, and `VZ_LINUX_DIR` the guest bundle.
+    pub fn load(extra: Option<&Path>) -> Result<Self, Error> {
+        let mut config = match env::var_os("VZ_CONFIG") {
+            Some(main) => Self::load_from(Path::new(&main), Path::new(""), extra)?,
+            None => Self::load_from(Path::new(MAIN), Path::new(DROP_INS), extra)?,
+        };
+        if let Some(bundle) = env::var_os("VZ_LINUX_DIR") {
+            config.guest.bundle = bundle.into();
+        }
+        Ok(config)
+    }
+
+    /// As [`Config::load`], from other places.
+    pub fn load_from(main: &Path, drop_ins: &Path, extra: Option<&Path>) -> Result<Self, Error> {
+        let mut files = Vec::new();
+        if exists(main)? {
+            files.push(main.to_owned());
+        }
+        files.extend(layer::drop_ins(drop_ins)?);
+        files.extend(extra.map(Path::to_owned));
+        let mut merged = toml::Table::new();
+        for path in &files {
+            let text = fs::read_to_string(path).map_err(|source| Error::Read { path: path.clone(), source })?;
+            let parse = |source| Error::Parse { path: path.clone(), source: Box::new(source) };
+            // Each file by itself first: the error then has its line.
+            toml::from_str::<Self>(&text).map_err(parse)?;
+            layer::merge(&mut merged, text.parse().map_err(parse)?);
+        }
+        let path = || files.last().cloned().unwrap_or_default();
+        let config: Self =
+            merged.try_into().map_err(|source| Error::Parse { path: path(), source: Box::new(source) })?;
+        config.validate()?;
+        Ok(config)
+    }
+
+    /// Applies a container's annotations; those that are not for us are passed over.
+    pub fn annotate(mut self, annotations: &HashMap<String, String>) -> Result<Self, Error> {
+        let mut ours: Vec<_> =
+            annotations.iter().filter_map(|(key, value)| Some((key.strip_prefix(ANNOTATION)?, value))).collect();
+        ours.sort();
+        for (key, value) in ours {
+            let number = || value.parse::<u32>().map_err(|_| Error::Number { key: key.into(), value: value.clone() });
+            let allowed = self.annotations.iter().any(|name| name == key);
+            match key {
+                "vcpus" | "memory-mib" if !allowed => {
+                    return Err(Error::Annotation {
+                        key: key.into(),
+                        why: "allowed by the configuration's \"annotations\"",
+                    });
+                }
+                "vcpus" => self.vm.vcpus = number()?,
+                "memory-mib" => self.vm.memory_mib = number()?.into(),
+                _ => return Err(Error::Annotation { key: key.into(), why: "known" }),
+            }
+        }
+        self.validate()?;
+        Ok(self)
+    }
+
+    /// The guest bundle's directory.
+    pub fn guest_bundle(&self) -> Result<PathBuf, Error> {
+        if !self.guest.bundle.as_os_str().is_empty() {
+            return Ok(self.guest.bundle.clone());
+        }
+        BUNDLES.iter().map(PathBuf::from).find(|dir| dir.exists()).ok_or(Error::NoBundle)
+    }
+
+    fn validate(&self) -> Result<(), Error> {
+        let check = |key, found: u64, least: u64, most: u64, wanted| {
+            if (least..=most).contains(&found) { Ok(()) } else { Err(Error::Value { key, found, wanted }) }
+        };
+        check("vm.vcpus", self.vm.vcpus.into(), 1, 254, "from 1 to 254")?;
+        check("vm.memory_mib", self.vm.memory_mib, 64, 1 << 22, "from 64 to 4194304")?;
+        check("vm.memory_base_mib", self.vm.memory_base_mib, 64, 1 << 22, "from 64 to 4194304")?;
+        check("timeouts.boot_s", self.timeouts.boot_s, 1, 3600, "from 1 to 3600")?;
+        check("timeouts.agent_s", self.timeouts.agent_s, 1, 3600, "from 1 to 3600")?;
+        check("timeouts.drain_s", self.timeouts.drain_s, 0, 3600, "at most 3600")?;
+        check("console.limit_kib", self.console.limit_kib, 4, 1 << 20, "from 4 to 1048576")
+    }
+}
+
+fn exists(path: &Path) -> Result<bool, Error> {
+    path.try_exists().map_err(|source| Error::Read { path: path.to_owned(), source })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn load(main: &str, drop_ins: &[(&str, &str)]) -> Result<Config, Error> {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("config.toml");
+        fs::write(&file, main).unwrap();
+        let sub = dir.path().join("config.d");
+        fs::create_dir(&sub).unwrap();
+        for (name, text) in drop_ins {
+            fs::write(sub.join(name), text).unwrap();
+        }
+        Config::load_from(&file, &sub, None)
+    }
+
+    #[test]
+    fn the_commented_file_is_the_default() {
+        assert_eq!(load(include_str!("../vz.toml"), &[]).unwrap(), Config::default());
+    }
+
+    #[test]
+    fn no_file_at_all_is_the_default() {
+        let dir = tempfile::tempdir().unwrap();
+        let none = dir.path().join("none");
+        assert_eq!(Config::load_from(&none, &none, None).unwrap(), Config::default());
+        assert!(matches!(Config::load_from(&none, &none, Some(&none)), Err(Error::Read { .. })));
+    }
+
+    #[test]
+    fn drop_ins_replace_single_values_in_the_order_of_their_names() {
+        let config = load(
+            "[vm]\nvcpus = 2\nmemory_mib = 512",
+            &[("20.toml", "vm.vcpus = 4"), ("10.toml", "vm.vcpus = 3"), ("x.bak", "nonsense")],
+        )
+        .unwrap();
+        assert_eq!((config.vm.vcpus, config.vm.memory_mib), (4, 512));
+    }
+
+    #[test]
+    fn an_unknown_key_is_an_error_with_file_and_line() {
+        let error = load("[vm]\nvcpus = 2\nvcpu = 2", &[]).unwrap_err().to_string();
+        assert!(error.contains("config.toml") && error.contains("line 3") && error.contains("vcpu"), "{error}");
+    }
+
+    #[test]
+    fn values_have_bounds() {
+        assert!(load("vm.vcpus = 0", &[]).unwrap_err().to_string().contains("vm.vcpus is 0"));
+    }
+
+    #[test]
+    fn annotations_are_applied_where_allowed() {
+        let set = |key: &str, value: &str| HashMap::from([(format!("{ANNOTATION}{key}"), value.to_owned())]);
+        let config = Config::default();
+        assert_eq!(config.clone().annotate(&set("vcpus", "3")).unwrap().vm.vcpus, 3);
+        assert!(config.clone().annotate(&set("vcpus", "many")).is_err());
+        assert!(config.clone().annotate(&set("colour", "red")).is_err());
+        let strict = Config { annotations: Vec::new(), ..config };
+        assert!(strict.clone().annotate(&set("vcpus", "3")).unwrap_err().to_string().contains("allowed"));
+        assert!(strict.annotate(&HashMap::from([("other/vcpus".into(), "3".into())])).is_ok());
+    }
+}

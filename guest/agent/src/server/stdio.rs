@@ -1,0 +1,294 @@
+//! Bytes between the host's streams and the process's pipes or terminal.
+//!
+//! Pipes are spliced: the bytes never enter this process, so that one that dies loses none. Each copy goes on until its
+//! source ends; what a process wrote before its end is always in its pipe by then.
+
+use std::{
+    io,
+    os::fd::{AsFd, OwnedFd},
+    sync::Arc,
+};
+
+use nix::{
+    errno::Errno,
+    fcntl::{FcntlArg, OFlag, SpliceFFlags, fcntl, splice},
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::socket::{Shutdown, shutdown},
+    unistd::{read, write},
+};
+use tokio::{io::unix::AsyncFd, sync::watch};
+
+use super::{link::Link, readiness, state::Terminal};
+use crate::protocol::{Key, Request, Stream};
+
+/// Most bytes that are moved at once: what a pipe can hold, times some.
+const CHUNK: usize = 256 * 1024;
+
+/// One stream of a process: the connection to the host and the agent's end on the process's side.
+#[derive(Debug)]
+pub struct Ends {
+    /// The connection.
+    pub host: OwnedFd,
+    /// The pipe's end.
+    pub process: OwnedFd,
+}
+
+/// Prepares a descriptor for [`AsyncFd`]. Both of the process's ends of a pipe stay as they are.
+pub fn asynchronous(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    let flags = OFlag::from_bits_retain(fcntl(&fd, FcntlArg::F_GETFL)?);
+    fcntl(&fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+    readiness::register(fd)
+}
+
+/// Host to process, until the host half-closes or the process has closed its end, or `close` says so and all that has
+/// arrived is written.
+pub async fn input(ends: Ends, mut close: watch::Receiver<bool>, link: Arc<Link>, key: Key) {
+    let copied = async {
+        let (host, process) = (asynchronous(ends.host)?, asynchronous(ends.process)?);
+        let ended = copy(&host, &process, Some(&mut close)).await;
+        if matches!(&ended, Err(e) if e.kind() == io::ErrorKind::BrokenPipe) {
+            // Nobody will read on: let the host know.
+            let _ = shutdown_fd(&host, Shutdown::Read);
+            return Ok(());
+        }
+        ended
+    };
+    finish(copied.await, &link, key, Stream::Stdin);
+}
+
+/// Process to host, until every process that has the pipe has closed it.
+pub async fn output(ends: Ends, stream: Stream, link: Arc<Link>, key: Key) {
+    let copied = async {
+        let (process, host) = (asynchronous(ends.process)?, asynchronous(ends.host)?);
+        let sent = copy(&process, &host, None).await;
+        if sent.is_ok() {
+            return shutdown_fd(&host, Shutdown::Write);
+        }
+        // The host has gone away; the process shall not be stopped by that.
+        discard(&process).await?;
+        sent
+    };
+    finish(copied.await, &link, key, stream);
+}
+
+/// Both ways between a terminal and the host, until every process that has the terminal has closed it.
+pub async fn terminal(host: OwnedFd, terminal: Terminal, link: Arc<Link>, key: Key) {
+    let copied = async {
+        let host = asynchronous(host)?;
+        let typed = async {
+            // The end of what is typed is not the end of the terminal.
+            if let Err(e) = shuttle(&host, &terminal).await {
+                tracing::debug!("terminal input: {e}");
+            }
+            std::future::pending::<io::Result<()>>().await
+        };
+        let shown = async {
+            let sent = shuttle(&terminal, &host).await;
+            if sent.is_err() {
+                discard_terminal(&terminal).await?;
+            }
+            sent
+        };
+        let copied = tokio::select! { e = typed => e, shown = shown => shown };
+        shutdown_fd(&host, Shutdown::Write)?;
+        copied
+    };
+    finish(copied.await, &link, key, Stream::Stdout);
+}
+
+fn finish(copied: io::Result<()>, link: &Link, key: Key, stream: Stream) {
+    if let Err(e) = copied {
+        tracing::debug!(container = key.container, exec = key.exec, ?stream, "copy: {e}");
+    }
+    link.tell(&Request::CloseStream { key, stream });
+}
+
+fn shutdown_fd(fd: &AsyncFd<OwnedFd>, how: Shutdown) -> io::Result<()> {
+    use std::os::fd::AsRawFd;
+    match shutdown(fd.as_raw_fd(), how) {
+        Ok(()) | Err(Errno::ENOTCONN) => Ok(()),
+        Err(e) => Err(e.into()),
+    }
+}
+
+/// Splices until the source ends. One of the two is a pipe.
+async fn copy(
+    from: &AsyncFd<OwnedFd>,
+    to: &AsyncFd<OwnedFd>,
+    mut close: Option<&mut watch::Receiver<bool>>,
+) -> io::Result<()> {
+    let flags = SpliceFFlags::SPLICE_F_MOVE | SpliceFFlags::SPLICE_F_NONBLOCK;
+    let mut closing = false;
+    loop {
+        match splice(from, None, to, None, CHUNK, flags) {
+            Ok(0) => return Ok(()),
+            Ok(_) => tokio::task::consume_budget().await,
+            Err(Errno::EINTR) => {}
+            // Either side may be meant.
+            Err(Errno::EAGAIN) if is_readable(from)? => to.writable().await?.clear_ready(),
+            Err(Errno::EAGAIN) if closing => return Ok(()),
+            Err(Errno::EAGAIN) => match &mut close {
+                None => from.readable().await?.clear_ready(),
+                Some(close) => tokio::select! {
+                    ready = from.readable() => ready?.clear_ready(),
+                    // The sender lives as long as the process is known.
+                    _ = close.wait_for(|close| *close) => closing = true,
+                },
+            },
+            Err(e) => return Err(e.into()),
+        }
+    }
+}
+
+fn is_readable(fd: &AsyncFd<OwnedFd>) -> io::Result<bool> {
+    let mut fds = [PollFd::new(fd.as_fd(), PollFlags::POLLIN)];
+    Ok(poll(&mut fds, PollTimeout::ZERO)? > 0)
+}
+
+/// Reads and writes until the source ends: a terminal cannot be spliced into a socket.
+async fn shuttle(from: &AsyncFd<OwnedFd>, to: &AsyncFd<OwnedFd>) -> io::Result<()> {
+    let mut buffer = vec![0; 16 * 1024];
+    loop {
+        let len = read_some(from, &mut buffer).await?;
+        let mut rest = buffer.get(..len).unwrap_or_default();
+        if rest.is_empty() {
+            return Ok(());
+        }
+        while !rest.is_empty() {
+            match write(to, rest) {
+                Ok(n) => rest = rest.get(n..).unwrap_or_default(),
+                Err(Errno::EINTR) => {}
+                Err(Errno::EAGAIN) => to.writable().await?.clear_ready(),
+                Err(e) => return Err(e.into()),
+            }
+        }
+    }
+}
+
+async fn read_some(from: &AsyncFd<OwnedFd>, buffer: &mut [u8]) -> io::Result<usize> {
+    loop {
+        match read(from, buffer) {
+            Ok(n) => return Ok(n),
+            // A terminal whose other end nobody has open any more.
+            Err(Errno::EIO) => return Ok(0),
+            Err(Errno::EINTR) => {}
+            Err(Errno::EAGAIN) => from.readable().await?.clear_ready(),
+            Err(e) => return Err(e.into()),
+        }
+    }
+}
+
+async fn discard(from: &AsyncFd<OwnedFd>) -> io::Result<()> {
+    let mut buffer = vec![0; 64 * 1024];
+    while read_some(from, &mut buffer).await? > 0 {}
+    Ok(())
+}
+
+async fn discard_terminal(terminal: &Terminal) -> io::Result<()> {
+    discard(terminal).await
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        fs::File,
+        io::{Read, Write},
+        os::unix::net::UnixStream,
+    };
+
+    use super::*;
+    use crate::server::link;
+
+    fn key() -> Key {
+        Key { container: "c".into(), exec: String::new() }
+    }
+
+    fn link() -> (Arc<Link>, vz_sys::channel::Channel) {
+        let (init, server) = vz_sys::channel::Channel::pair().unwrap();
+        let (link, mut reports) = link::open(server).unwrap();
+        tokio::spawn(async move { while let Ok(Some(_)) = reports.next().await {} });
+        (Arc::new(link), init)
+    }
+
+    #[tokio::test]
+    async fn output_is_whole_and_then_ends() {
+        let (link, _init) = link();
+        let (mut near, host) = UnixStream::pair().unwrap();
+        let (process, writer) = nix::unistd::pipe2(OFlag::O_CLOEXEC).unwrap();
+        let sent: Vec<u8> = (0..3_000_000u32).map(|n| n.to_le_bytes()[0] ^ n.to_le_bytes()[1]).collect();
+        let copy = sent.clone();
+        let process_writes = tokio::task::spawn_blocking(move || File::from(writer).write_all(&copy).unwrap());
+        let host_reads = tokio::task::spawn_blocking(move || {
+            let mut all = Vec::new();
+            near.read_to_end(&mut all).unwrap();
+            all
+        });
+        output(Ends { host: host.into(), process }, Stream::Stdout, link, key()).await;
+        process_writes.await.unwrap();
+        assert!(host_reads.await.unwrap() == sent);
+    }
+
+    #[tokio::test]
+    async fn a_half_close_is_the_end_of_input() {
+        let (link, _init) = link();
+        let (mut near, host) = UnixStream::pair().unwrap();
+        let (reader, process) = nix::unistd::pipe2(OFlag::O_CLOEXEC).unwrap();
+        near.write_all(b"all of it").unwrap();
+        near.shutdown(std::net::Shutdown::Write).unwrap();
+        let (_close, closing) = watch::channel(false);
+        input(Ends { host: host.into(), process }, closing, link, key()).await;
+        let mut got = String::new();
+        File::from(reader).read_to_string(&mut got).unwrap();
+        assert_eq!(got, "all of it");
+    }
+
+    #[tokio::test]
+    async fn closing_stdin_writes_first_what_has_arrived() {
+        let (link, _init) = link();
+        let (mut near, host) = UnixStream::pair().unwrap();
+        let (reader, process) = nix::unistd::pipe2(OFlag::O_CLOEXEC).unwrap();
+        near.write_all(b"typed").unwrap();
+        let (close, closing) = watch::channel(true);
+        input(Ends { host: host.into(), process }, closing, link, key()).await;
+        drop(close);
+        let mut got = String::new();
+        File::from(reader).read_to_string(&mut got).unwrap();
+        assert_eq!(got, "typed");
+    }
+
+    #[tokio::test]
+    async fn a_process_is_not_stopped_by_a_host_that_has_gone() {
+        let (link, _init) = link();
+        let (near, host) = UnixStream::pair().unwrap();
+        drop(near);
+        let (process, writer) = nix::unistd::pipe2(OFlag::O_CLOEXEC).unwrap();
+        let writes = tokio::task::spawn_blocking(move || File::from(writer).write_all(&[7; 1_000_000]).unwrap());
+        output(Ends { host: host.into(), process }, Stream::Stdout, link, key()).await;
+        writes.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_terminal_carries_both_ways_until_it_is_closed() {
+        let (link, _init) = link();
+        let (near, host) = UnixStream::pair().unwrap();
+        let master = File::options().read(true).write(true).open("/dev/ptmx").unwrap();
+        vz_sys::tty::unlock(&master).unwrap();
+        let mut slave = File::from(vz_sys::tty::open_slave(&master).unwrap());
+        let master: Terminal = Arc::new(asynchronous(master.into()).unwrap());
+        let session = tokio::task::spawn_blocking(move || {
+            let mut near = near;
+            near.write_all(b"hello\n").unwrap();
+            let mut line = [0; 6];
+            slave.read_exact(&mut line).unwrap();
+            assert_eq!(&line, b"hello\n");
+            slave.write_all(b"bye").unwrap();
+            drop(slave);
+            let mut all = String::new();
+            near.read_to_string(&mut all).unwrap();
+            all
+        });
+        terminal(host.into(), master, link, key()).await;
+        // The echo, then the answer.
+        assert_eq!(session.await.unwrap(), "hello\r\nbye");
+    }
+}

@@ -1,0 +1,31 @@
+//! The integration tests; see the crate's documentation for how they are run.
+
+use std::process::ExitCode;
+
+mod checker;
+mod cli;
+mod crash;
+mod errors;
+mod events;
+mod exec;
+mod files;
+mod lifecycle;
+mod options;
+mod run;
+mod stdio;
+
+fn main() -> ExitCode {
+    vz_suite::harness::main(&[
+        checker::TESTS,
+        run::TESTS,
+        files::TESTS,
+        options::TESTS,
+        stdio::TESTS,
+        exec::TESTS,
+        lifecycle::TESTS,
+        events::TESTS,
+        errors::TESTS,
+        cli::TESTS,
+        crash::TESTS,
+    ])
+}

@@ -1,0 +1,15 @@
+# Tests. `make test`, in the Makefile, runs all of them; integration/suite says what can be set.
+
+SUITE_FILTER ?=
+
+.PHONY: test-unit test-integration test-runc
+
+test-unit: ## Unit tests of all crates
+	@$(CARGO) test --locked -q --workspace --exclude vz-suite
+
+test-integration: build bundle ## Integration tests: real containerd, real guests; needs root (SUITE_FILTER='events:: crash::' runs some)
+	@$(CARGO) test --locked -q -p vz-suite --lib
+	@$(CARGO) test --locked -q -p vz-suite --test suite -- $(SUITE_FILTER)
+
+test-runc: ## The same tests against runc, which tells a wrong test from a wrong shim
+	@VZ_TEST_RUNTIME=io.containerd.runc.v2 $(CARGO) test --locked -q -p vz-suite --test suite -- $(SUITE_FILTER)

@@ -1,0 +1,66 @@
+//! The devices that every machine has.
+
+use std::{fs::File, time::Duration};
+
+use vz_proto::GUEST_CID;
+use vz_virtio::{
+    fs::{self, Fs},
+    vsock::{self, Handle, Vsock},
+};
+
+use crate::{LaunchError, control::BootConfig};
+
+/// How long the guest believes names and attributes of shared files: a burst of a program that starts, or of a walk over a
+/// tree, and no longer than people notice.
+const FS_CACHE: Duration = Duration::from_millis(100);
+/// Request queues: more do not help, since the guest gives each vCPU one.
+const MOST_REQUEST_QUEUES: u32 = 4;
+/// Descriptors that are ours and not the guest's: each connection has one, and may be on its way with another.
+const OWN_FDS: u64 = 2 * (vsock::DIALS + 2 * vsock::GUEST_MADE) as u64 + 128;
+/// Fewer files than this a guest may well want to know at once.
+const FEW_FDS: u64 = 1 << 16;
+
+/// Backends, before a machine serves them.
+#[derive(Debug)]
+pub(crate) struct Devices {
+    pub(crate) fs: Fs,
+    pub(crate) vsock: Vsock,
+}
+
+/// What the share needs that the process's root does not have.
+#[derive(Debug)]
+pub(crate) struct ShareRoot {
+    /// Where the share is.
+    pub(crate) path: String,
+    /// `/proc/self/fd`.
+    pub(crate) proc_self_fd: File,
+    /// Limit of open files of this process.
+    pub(crate) nofile: u64,
+}
+
+pub(crate) fn request_queues(config: &BootConfig) -> u16 {
+    u16::try_from(config.vcpus.min(MOST_REQUEST_QUEUES)).unwrap_or(1).max(1)
+}
+
+impl Devices {
+    /// Makes them; call it inside of the jail.
+    pub(crate) fn new(config: &BootConfig, share: ShareRoot) -> Result<(Self, Handle), LaunchError> {
+        let fd_limit = share.nofile.saturating_sub(OWN_FDS).max(OWN_FDS);
+        if fd_limit < FEW_FDS {
+            tracing::warn!(
+                "guest can know {fd_limit} shared files at once, and gets ENFILE beyond that: \
+                 raise the limit of open files (LimitNOFILE) of containerd"
+            );
+        }
+        let fs = Fs::new(fs::Config {
+            root: share.path,
+            tag: config.share_tag.clone(),
+            request_queues: request_queues(config),
+            proc_self_fd: Some(share.proc_self_fd),
+            cache: FS_CACHE,
+            fd_limit,
+        })?;
+        let (vsock, handle) = Vsock::new(GUEST_CID, config.guest_ports.iter().copied()).map_err(LaunchError::Vsock)?;
+        Ok((Self { fs, vsock }, handle))
+    }
+}

@@ -1,0 +1,78 @@
+//! The machine of a sandbox: the `vmm` process, what it and the shim say to each other, and the machines it can run.
+
+use std::{
+    io,
+    os::fd::{BorrowedFd, OwnedFd},
+};
+
+pub mod control;
+mod devices;
+mod qemu;
+pub mod vmm;
+
+use control::{BootConfig, MachineKind};
+use devices::Devices;
+
+/// A machine that runs a guest.
+///
+/// It is made before the process enters its jail, from which nothing of the host can be opened any more, and gets its
+/// devices after that.
+trait Machine: std::fmt::Debug + Send {
+    /// Which one it is.
+    fn kind(&self) -> MachineKind;
+    /// Its process's id in our pid namespace, where it has one of its own.
+    fn pid(&self) -> Option<i32>;
+    /// Where the guest's console output comes from, and the machine's own words; each is handed out once.
+    fn outputs(&mut self) -> Outputs;
+    /// Connects the devices; from here on the guest runs.
+    fn serve(&mut self, devices: Devices, on_failure: vz_vhost::OnFailure) -> Result<(), LaunchError>;
+    /// Readable once the machine has ended.
+    fn ended(&self) -> BorrowedFd<'_>;
+    /// How it ended; waits for it.
+    fn wait(&mut self) -> io::Result<Exit>;
+    /// Ends it at once.
+    fn kill(&self) -> io::Result<()>;
+}
+
+/// What a machine says, until end of file.
+#[derive(Debug, Default)]
+struct Outputs {
+    /// The guest's console.
+    console: Option<OwnedFd>,
+    /// The machine itself.
+    complaints: Option<OwnedFd>,
+}
+
+/// How a machine ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Exit {
+    /// The guest rebooted or powered off.
+    Guest,
+    /// The machine failed or was killed; how, for people.
+    Failed(String),
+}
+
+/// Why a machine could not be started. What to do about it is in the texts.
+#[derive(Debug, thiserror::Error)]
+enum LaunchError {
+    #[error(transparent)]
+    Bundle(#[from] vz_linux::Error),
+    #[error(transparent)]
+    Qemu(#[from] vz_qemu::Error),
+    #[error(transparent)]
+    Serve(#[from] vz_vhost::Error),
+    #[error(transparent)]
+    Share(#[from] vz_virtio::fs::ConfigError),
+    #[error("make vsock device")]
+    Vsock(#[source] io::Error),
+    #[error("sandbox needs at least one vCPU and some memory, not {vcpus} and {memory_mib} MiB")]
+    Shape { vcpus: u32, memory_mib: u64 },
+}
+
+/// Starts the machine that the configuration asks for.
+fn launch(config: &BootConfig, bundle: &vz_linux::Bundle) -> Result<Box<dyn Machine>, LaunchError> {
+    if config.vcpus == 0 || config.memory_mib == 0 {
+        return Err(LaunchError::Shape { vcpus: config.vcpus, memory_mib: config.memory_mib });
+    }
+    Ok(Box::new(qemu::QemuMachine::launch(config, bundle)?))
+}

@@ -1,0 +1,131 @@
+//! The machine `qemu`: QEMU's `microvm` by software emulation, our backends over vhost-user.
+
+use std::{
+    io,
+    os::fd::{AsFd, BorrowedFd},
+};
+
+use vz_qemu::{Config, Device, Qemu};
+use vz_vhost::{Endpoint, OnFailure, Worker};
+
+use crate::{
+    Exit, LaunchError, Machine, Outputs,
+    control::{BootConfig, MachineKind},
+    devices::{Devices, request_queues},
+};
+
+mod clock;
+
+/// Size of the file system's queues, as QEMU tells the guest: a request of 1 MiB takes some 260 descriptors.
+const FS_QUEUE_SIZE: u16 = 1024;
+/// Queues of the vsock device that QEMU leaves to us; the event queue it keeps.
+const VSOCK_QUEUES: usize = 2;
+
+#[derive(Debug)]
+pub(crate) struct QemuMachine {
+    qemu: Qemu,
+    outputs: Outputs,
+    fs: Option<Endpoint>,
+    vsock: Option<Endpoint>,
+}
+
+impl QemuMachine {
+    pub(crate) fn launch(config: &BootConfig, bundle: &vz_linux::Bundle) -> Result<Self, LaunchError> {
+        let program = vz_qemu::find(&config.qemu, std::env::var_os("PATH").as_deref())?;
+        let (fs, fs_socket) = Endpoint::new(&config.state_dir, "fs")?;
+        let (vsock, vsock_socket) = Endpoint::new(&config.state_dir, "vsock")?;
+        let fs_device = Device::Fs {
+            tag: config.share_tag.clone(),
+            request_queues: request_queues(config),
+            queue_size: FS_QUEUE_SIZE,
+        };
+        let mut append = kernel_arguments(config.vcpus);
+        if !config.kernel_args.is_empty() {
+            append.push(' ');
+            append.push_str(&config.kernel_args);
+        }
+        let mut qemu = Qemu::start(&Config {
+            program: &program,
+            name: &config.sandbox,
+            vcpus: config.vcpus,
+            memory_mib: config.memory_mib,
+            kernel: &bundle.kernel,
+            initramfs: &bundle.initramfs,
+            append: &append,
+            devices: vec![(fs_device, fs_socket), (Device::Vsock, vsock_socket)],
+        })?;
+        let outputs = Outputs { console: qemu.console.take(), complaints: qemu.stderr.take() };
+        Ok(Self { qemu, outputs, fs: Some(fs), vsock: Some(vsock) })
+    }
+}
+
+/// The guest kernel's command line for this machine; kernel/README.md has what each word saves.
+///
+/// Nothing is measured against an emulated timer: on a busy host such measurements fail, and then the kernel gives up its
+/// clock (and with it high resolution timers, and time that is right), or does not boot at all.
+fn kernel_arguments(vcpus: u32) -> String {
+    let mut arguments = String::from("console=ttyS0 quiet");
+    // A reboot by triple fault is the one way for a guest without ACPI to end QEMU; a panic reboots at once.
+    arguments.push_str(" reboot=t panic=-1 acpi=off");
+    // The emulated counter is the host's.
+    arguments.push_str(&format!(" tsc=reliable tsc_early_khz={} no_timer_check", clock::khz()));
+    if vcpus == 1 {
+        // The other timer, whose frequency is fixed, does as well, except for waking several processors.
+        arguments.push_str(" nolapic_timer");
+    }
+    // Nothing to speculate; and patching, or setting memory aside, for hardware that is not there.
+    arguments.push_str(" mitigations=off noreplace-smp swiotlb=noforce");
+    arguments
+}
+
+impl Machine for QemuMachine {
+    fn kind(&self) -> MachineKind {
+        MachineKind::Qemu
+    }
+
+    fn pid(&self) -> Option<i32> {
+        Some(self.qemu.pid())
+    }
+
+    fn outputs(&mut self) -> Outputs {
+        std::mem::take(&mut self.outputs)
+    }
+
+    fn serve(&mut self, devices: Devices, on_failure: OnFailure) -> Result<(), LaunchError> {
+        if let Some(endpoint) = self.vsock.take() {
+            let worker = Worker { backend: Box::new(devices.vsock), queues: 0b11, thread: "vsock".into() };
+            vz_vhost::serve("vsock", VSOCK_QUEUES, vec![worker], endpoint, on_failure.clone())?;
+        }
+        if let Some(endpoint) = self.fs.take() {
+            let workers: Vec<Worker> = devices
+                .fs
+                .split()
+                .into_iter()
+                .enumerate()
+                .map(|(index, queue)| Worker {
+                    backend: Box::new(queue),
+                    queues: 1 << index,
+                    thread: format!("fs-{index}"),
+                })
+                .collect();
+            vz_vhost::serve("fs", workers.len(), workers, endpoint, on_failure)?;
+        }
+        Ok(())
+    }
+
+    fn ended(&self) -> BorrowedFd<'_> {
+        self.qemu.as_fd()
+    }
+
+    fn wait(&mut self) -> io::Result<Exit> {
+        Ok(match self.qemu.wait()? {
+            vz_qemu::Exit::Guest => Exit::Guest,
+            vz_qemu::Exit::Status(status) => Exit::Failed(format!("QEMU exited with status {status}")),
+            vz_qemu::Exit::Signal(signal) => Exit::Failed(format!("QEMU was killed by {signal}")),
+        })
+    }
+
+    fn kill(&self) -> io::Result<()> {
+        self.qemu.kill()
+    }
+}

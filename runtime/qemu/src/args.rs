@@ -1,0 +1,137 @@
+//! QEMU's arguments. Pure.
+
+use std::os::fd::RawFd;
+
+use crate::Config;
+
+/// A device that our process serves over vhost-user.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Device {
+    /// virtio-fs.
+    Fs {
+        /// The name that the guest mounts.
+        tag: String,
+        /// Number of request queues.
+        request_queues: u16,
+        /// Size of each queue.
+        queue_size: u16,
+    },
+    /// virtio-vsock; its context id is the device's to tell.
+    Vsock,
+}
+
+/// The arguments, without the program's name. Kernel, initramfs and the devices' sockets are inherited as the
+/// descriptors `first`, `first + 1`, and so on.
+pub fn arguments(config: &Config<'_>, first: RawFd) -> Vec<String> {
+    let kernel = first;
+    let initramfs = first.saturating_add(1);
+    let sockets = first.saturating_add(2);
+    let Config { name, vcpus, memory_mib, append, devices, .. } = config;
+
+    let mut args = Vec::new();
+    let mut add = |option: &str, value: String| {
+        args.push(format!("-{option}"));
+        if !value.is_empty() {
+            args.push(value);
+        }
+    };
+    add("name", format!("vz,process={}", escape(name)));
+    add("nodefaults", String::new());
+    add("no-user-config", String::new());
+    add("no-reboot", String::new());
+    add("display", "none".into());
+    // Without ACPI the guest cannot power off, so it reboots and -no-reboot ends QEMU; with it, this machine hangs at boot
+    // now and then. It does not boot without the timer (pit) and interrupt controller (pic) of a PC.
+    add("machine", "microvm,x-option-roms=off,isa-serial=on,pit=on,pic=on,rtc=on,acpi=off,memory-backend=ram".into());
+    // A thread for each vCPU would be faster where they are several, and crash their kernel now and then: a vCPU can run a
+    // breakpoint that the kernel has just patched away (its jump labels), which no processor does. The buffer for
+    // translated code is many times what a boot takes; the default is a gigabyte, which long runs fill with dead code.
+    add("accel", "tcg,thread=single,tb-size=256".into());
+    // Virtualization of its own is of no use to a guest here.
+    add("cpu", "max,-svm".into());
+    add("smp", format!("{vcpus}"));
+    add("m", format!("{memory_mib}M"));
+    // Our process maps the same memory.
+    add("object", format!("memory-backend-memfd,id=ram,share=on,size={memory_mib}M"));
+    add("kernel", descriptor(kernel));
+    add("initrd", descriptor(initramfs));
+    add("append", (*append).to_owned());
+    add("chardev", "stdio,id=console,signal=off".into());
+    add("serial", "chardev:console".into());
+    add("global", "virtio-mmio.force-legacy=false".into());
+    for ((device, _), fd) in devices.iter().zip(sockets..) {
+        let id = match device {
+            Device::Fs { .. } => "fs",
+            Device::Vsock => "vsock",
+        };
+        add("chardev", format!("socket,id={id},fd={fd}"));
+        add(
+            "device",
+            match device {
+                Device::Fs { tag, request_queues, queue_size } => format!(
+                    "vhost-user-fs-device,chardev={id},tag={},num-request-queues={request_queues},queue-size={queue_size}",
+                    escape(tag)
+                ),
+                Device::Vsock => format!("vhost-user-vsock-device,chardev={id}"),
+            },
+        );
+    }
+    add("object", "rng-builtin,id=rng".into());
+    add("device", "virtio-rng-device,rng=rng".into());
+    args
+}
+
+fn descriptor(fd: RawFd) -> String {
+    format!("/proc/self/fd/{fd}")
+}
+
+/// A value inside of a comma-separated list.
+fn escape(value: &str) -> String {
+    value.replace(',', ",,")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs::File, os::unix::net::UnixStream, path::Path};
+
+    use super::*;
+
+    #[test]
+    fn everything_is_inherited_and_nothing_named() {
+        let null = File::open("/dev/null").unwrap();
+        let fs = Device::Fs { tag: "v,z".into(), request_queues: 2, queue_size: 1024 };
+        let args = arguments(
+            &Config {
+                program: Path::new("/qemu"),
+                name: "default/a,b",
+                vcpus: 2,
+                memory_mib: 300,
+                kernel: &null,
+                initramfs: &null,
+                append: "console=ttyS0 a,b",
+                devices: vec![(fs, UnixStream::pair().unwrap().0), (Device::Vsock, UnixStream::pair().unwrap().0)],
+            },
+            3,
+        );
+        let value = |option: &str, which: usize| {
+            let at = args.iter().enumerate().filter(|(_, a)| *a == option).nth(which).unwrap().0;
+            args[at + 1].as_str()
+        };
+        assert_eq!(value("-kernel", 0), "/proc/self/fd/3");
+        assert_eq!(value("-initrd", 0), "/proc/self/fd/4");
+        assert_eq!(value("-append", 0), "console=ttyS0 a,b");
+        assert_eq!(value("-name", 0), "vz,process=default/a,,b");
+        assert_eq!((value("-smp", 0), value("-m", 0)), ("2", "300M"));
+        assert!(value("-object", 0).contains("share=on,size=300M"));
+        assert_eq!(value("-chardev", 1), "socket,id=fs,fd=5");
+        assert_eq!(
+            value("-device", 0),
+            "vhost-user-fs-device,chardev=fs,tag=v,,z,num-request-queues=2,queue-size=1024"
+        );
+        assert_eq!(value("-chardev", 2), "socket,id=vsock,fd=6");
+        assert_eq!(value("-device", 1), "vhost-user-vsock-device,chardev=vsock");
+        for option in ["-nodefaults", "-no-user-config", "-no-reboot"] {
+            assert!(args.iter().any(|a| a == option), "{option}");
+        }
+    }
+}

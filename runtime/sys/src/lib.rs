@@ -1,0 +1,15 @@
+//! Where the unsafe system calls live: everything above calls these through safe signatures.
+//!
+//! Invariants: no global state, no allocation between fork and exec, every descriptor that is handed out is
+//! owned and close-on-exec.
+
+pub mod bpf;
+pub mod channel;
+pub mod fork;
+pub mod mount;
+pub mod process;
+pub mod random;
+pub mod socket;
+pub mod thread;
+pub mod tsc;
+pub mod tty;

@@ -1,0 +1,152 @@
+//! Virtio device backends. They know no transport: the same backend is served over virtio-mmio in process and over
+//! vhost-user to another VMM.
+//!
+//! The transport owns queues, notifications and interrupts. It lends a backend the queues for the length of a call
+//! and signals those that the backend names in [`Kicks`].
+//!
+//! Threat: everything in guest memory is hostile, and changes while it is read. A backend copies what it decides on
+//! before it decides, bounds what it allocates by constants, answers a malformed chain with a used length of 0, counts
+//! it, and logs it at a limited rate. It never panics and never exits because of what a guest wrote.
+
+#![deny(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::arithmetic_side_effects,
+    clippy::panic
+)]
+#![cfg_attr(
+    test,
+    allow(
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::indexing_slicing,
+        clippy::arithmetic_side_effects,
+        clippy::panic
+    )
+)]
+
+use std::{io, os::fd::RawFd};
+
+use vhost_user_backend::bitmap::BitmapMmapRegion;
+pub use virtio_queue::Queue;
+use vm_memory::GuestMemoryMmap;
+
+mod chain;
+pub mod fs;
+mod limit;
+#[cfg(test)]
+mod testing;
+pub mod vsock;
+
+/// Guest memory. Its bitmap type is what virtiofsd's reader and writer are fixed to.
+pub type Memory = GuestMemoryMmap<BitmapMmapRegion>;
+
+/// Which device a backend is, by its virtio id.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// virtio-vsock.
+    Vsock = 19,
+    /// virtio-fs.
+    Fs = 26,
+}
+
+/// A set of queues, by index, to which a backend returned buffers.
+///
+/// The transport interrupts the guest for each unless the guest asked not to be (EVENT_IDX).
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub struct Kicks(u64);
+
+impl Kicks {
+    /// No queue.
+    pub const NONE: Self = Self(0);
+
+    /// Adds a queue; indices over 63 do not exist.
+    pub fn insert(&mut self, queue: usize) {
+        if let Ok(shift) = u32::try_from(queue) {
+            self.0 |= 1u64.checked_shl(shift).unwrap_or(0);
+        }
+    }
+
+    /// Whether the queue is in the set.
+    pub fn contains(self, queue: usize) -> bool {
+        u32::try_from(queue).ok().and_then(|shift| self.0.checked_shr(shift)).is_some_and(|bits| bits & 1 == 1)
+    }
+
+    /// Whether no queue is.
+    pub fn is_empty(self) -> bool {
+        self.0 == 0
+    }
+}
+
+/// What makes a device useless until the guest resets it.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A ring cannot be read or written where the guest said that it is.
+    #[error("access virtqueue")]
+    Ring(#[source] virtio_queue::Error),
+    /// A system call of the backend failed.
+    #[error("{0}")]
+    System(&'static str, #[source] io::Error),
+}
+
+/// A descriptor that a backend wants to be called for.
+#[derive(Debug, Clone, Copy)]
+pub struct Source {
+    /// Polled for readability. It lives as long as the backend.
+    pub fd: RawFd,
+    /// Passed to [`Backend::source`].
+    pub token: u16,
+}
+
+/// Queues that are lent to a backend, by index; `None` is one that the guest has not set up.
+pub type Queues<'a, 'b> = &'a mut [Option<&'b mut Queue>];
+
+/// One device, or those of its queues that one thread serves.
+///
+/// All calls after [`Backend::enter_thread`] come from one thread.
+pub trait Backend: Send {
+    /// Which device it is.
+    fn kind(&self) -> Kind;
+    /// Feature bits of the device type; those of rings and transport are the transport's.
+    fn features(&self) -> u64 {
+        0
+    }
+    /// The largest size of each queue.
+    fn queue_sizes(&self) -> &[u16];
+    /// The device's configuration space.
+    fn config(&self) -> &[u8];
+    /// Called once, by the thread that serves it, before anything else.
+    fn enter_thread(&mut self) -> Result<(), Error> {
+        Ok(())
+    }
+    /// The guest's driver is ready and accepted these features.
+    fn activate(&mut self, _acked: u64) {}
+    /// Descriptors that it wants to be called for.
+    fn sources(&self) -> Vec<Source> {
+        Vec::new()
+    }
+    /// The guest made buffers available in a queue.
+    fn queue(&mut self, index: u16, queues: Queues<'_, '_>, memory: &Memory) -> Result<Kicks, Error>;
+    /// A source is readable.
+    fn source(&mut self, _token: u16, _queues: Queues<'_, '_>, _memory: &Memory) -> Result<Kicks, Error> {
+        Ok(Kicks::NONE)
+    }
+    /// The guest reset the device.
+    fn reset(&mut self) {}
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kicks_hold_what_was_inserted() {
+        let mut kicks = Kicks::default();
+        assert!(kicks.is_empty());
+        kicks.insert(0);
+        kicks.insert(63);
+        kicks.insert(64);
+        assert!(kicks.contains(0) && kicks.contains(63) && !kicks.contains(1) && !kicks.contains(64));
+    }
+}

@@ -1,0 +1,122 @@
+//! A container's process on the host: the pid that every reply names.
+//!
+//! Clients dereference a task's pid (`/proc/PID/ns/net`, `/proc/PID/root`), so each container has this process, in its
+//! network namespace and with its root file system as root. It does nothing but wait for its end.
+
+use std::{
+    ffi::CString,
+    io,
+    os::fd::AsFd,
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
+
+use nix::{
+    mount::{MntFlags, MsFlags, mount, umount2},
+    sched::CloneFlags,
+    unistd::{chdir, pivot_root},
+};
+use vz_sys::{
+    channel::Channel,
+    process::{Command, Process, inherited_fd},
+};
+
+/// Descriptor of its channel to the shim.
+const CHANNEL_FD: i32 = 3;
+const READY: &[u8] = b"ready";
+
+/// Why there is no anchor.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// It could not be started.
+    #[error("start anchor process")]
+    Spawn(#[source] io::Error),
+    /// It could not enter the root file system.
+    #[error("anchor process in {rootfs}: {reason}")]
+    Enter {
+        /// The container's root file system.
+        rootfs: PathBuf,
+        /// What it said.
+        reason: String,
+    },
+}
+
+/// A running anchor; dropping it ends the process.
+#[derive(Debug)]
+pub struct Anchor {
+    process: Process,
+    channel: Option<Channel>,
+}
+
+impl Anchor {
+    /// Starts one with `rootfs` as its root and a network namespace of its own. Call it from the main thread.
+    pub fn start(rootfs: &Path) -> Result<Self, Error> {
+        let enter = |reason: String| Error::Enter { rootfs: rootfs.to_owned(), reason };
+        let (ours, theirs) = Channel::pair().map_err(Error::Spawn)?;
+        let rootfs_arg = path_arg(rootfs).map_err(Error::Spawn)?;
+        let process = Command {
+            program: c"/proc/self/exe".into(),
+            args: vec![c"vz-anchor".into(), c"anchor".into(), rootfs_arg],
+            env: Vec::new(),
+            fds: vec![(theirs.as_fd(), CHANNEL_FD)],
+            namespaces: CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWNET,
+            outlives_parent: false,
+        }
+        .spawn()
+        .map_err(Error::Spawn)?;
+        drop(theirs);
+        let anchor = Self { process, channel: Some(ours) };
+        // It answers within a few system calls, or its end of file does.
+        match anchor.channel.as_ref().map(Channel::recv) {
+            Some(Ok(Some(message))) if message.bytes == READY => Ok(anchor),
+            Some(Ok(Some(message))) => Err(enter(String::from_utf8_lossy(&message.bytes).into_owned())),
+            Some(Ok(None)) | None => Err(enter("it died".into())),
+            Some(Err(e)) => Err(enter(e.to_string())),
+        }
+    }
+
+    /// Its pid on the host.
+    pub fn pid(&self) -> i32 {
+        self.process.pid().as_raw()
+    }
+}
+
+impl Drop for Anchor {
+    fn drop(&mut self) {
+        drop(self.channel.take());
+        if let Err(error) = self.process.kill(nix::sys::signal::Signal::SIGKILL).and_then(|()| self.process.wait()) {
+            tracing::error!(%error, pid = self.pid(), "end anchor process");
+        }
+    }
+}
+
+fn path_arg(path: &Path) -> io::Result<CString> {
+    use std::os::unix::ffi::OsStrExt;
+    Ok(CString::new(path.as_os_str().as_bytes())?)
+}
+
+/// The process itself: `anchor ROOTFS`.
+pub fn main(rootfs: &Path) -> ExitCode {
+    let Ok(channel) = inherited_fd(CHANNEL_FD).map(Channel::from_fd) else { return ExitCode::FAILURE };
+    let said = match enter(rootfs) {
+        Ok(()) => channel.send(READY, &[]),
+        Err((step, error)) => channel.send(format!("{step}: {error}").as_bytes(), &[]),
+    };
+    // Until the shim closes its end, or dies and takes this process along.
+    match said.and_then(|()| channel.recv()) {
+        Ok(_) => ExitCode::SUCCESS,
+        Err(_) => ExitCode::FAILURE,
+    }
+}
+
+fn enter(rootfs: &Path) -> Result<(), (&'static str, io::Error)> {
+    const NONE: Option<&str> = None;
+    let step = |name: &'static str| move |e: nix::errno::Errno| (name, io::Error::from(e));
+    nix::sys::prctl::set_name(c"vz-anchor").map_err(step("set name"))?;
+    mount(NONE, "/", NONE, MsFlags::MS_PRIVATE | MsFlags::MS_REC, NONE).map_err(step("make mounts private"))?;
+    // Everything but the root file system leaves this namespace, so that nothing else is kept busy by it.
+    chdir(rootfs).map_err(step("enter"))?;
+    pivot_root(".", ".").map_err(step("pivot root"))?;
+    umount2(".", MntFlags::MNT_DETACH).map_err(step("detach old root"))?;
+    chdir("/").map_err(step("enter root"))
+}

@@ -1,0 +1,300 @@
+//! Containers and their processes: what state they are in, and in which order that becomes known.
+//!
+//! Order, as containerd's clients rely on it: a process's start is published before its exit, its exit after its output
+//! has been passed on (or a deadline), the init's exit after those of all other processes of the container.
+
+use std::{
+    collections::HashMap,
+    path::PathBuf,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, SystemTime},
+};
+
+use containerd_shim_protos::protobuf::well_known_types::timestamp::Timestamp;
+use oci_spec::runtime::{Hooks, Process as ProcessSpec};
+use tokio::sync::watch;
+
+use crate::{
+    anchor::Anchor,
+    error::Error,
+    hooks::Context,
+    io::{Copies, Stdio},
+    journal::Resource,
+};
+
+/// How a process ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Exit {
+    /// Exit code, or 128 + signal.
+    pub status: u32,
+    /// When, by the host's clock.
+    pub at: SystemTime,
+}
+
+impl Exit {
+    /// A process that ended just now.
+    pub fn now(status: u32) -> Self {
+        Self { status, at: SystemTime::now() }
+    }
+
+    /// When, for a reply.
+    pub fn timestamp(&self) -> Timestamp {
+        self.at.into()
+    }
+}
+
+/// The state of a process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum State {
+    /// It exists, and does not run yet.
+    Created,
+    /// It runs.
+    Running,
+    /// It has ended.
+    Stopped(Exit),
+}
+
+impl State {
+    /// Its name, as in errors.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Created => "created",
+            Self::Running => "running",
+            Self::Stopped(_) => "stopped",
+        }
+    }
+}
+
+/// A container's init or an exec process.
+#[derive(Debug)]
+pub struct Process {
+    /// Empty for the init.
+    pub exec_id: String,
+    /// As the client asked for.
+    pub stdio: Stdio,
+    /// What an exec process runs; the init's is in the bundle.
+    pub spec: Option<ProcessSpec>,
+    /// Held from before a start is asked for until it has been published, and while an exit is published.
+    pub transition: tokio::sync::Mutex<()>,
+    state: watch::Sender<State>,
+    streams: Mutex<Streams>,
+}
+
+/// What is between a process and its client.
+#[derive(Debug, Default)]
+struct Streams {
+    copies: Option<Arc<Copies>>,
+    /// A client may close stdin before the process, and with it the copies, is there.
+    stdin_closed: bool,
+}
+
+impl Process {
+    /// A process that does not run yet.
+    pub fn new(exec_id: &str, stdio: Stdio, spec: Option<ProcessSpec>) -> Self {
+        Self {
+            exec_id: exec_id.to_owned(),
+            stdio,
+            spec,
+            transition: tokio::sync::Mutex::default(),
+            state: watch::Sender::new(State::Created),
+            streams: Mutex::default(),
+        }
+    }
+
+    /// Its state now.
+    pub fn state(&self) -> State {
+        *self.state.borrow()
+    }
+
+    /// It runs; one that has ended already stays ended.
+    pub fn set_running(&self) {
+        self.state.send_if_modified(|state| match state {
+            State::Created => {
+                *state = State::Running;
+                true
+            }
+            _ => false,
+        });
+    }
+
+    /// It has ended. False where that was known already.
+    pub fn set_stopped(&self, exit: Exit) -> bool {
+        self.state.send_if_modified(|state| match state {
+            State::Stopped(_) => false,
+            state => {
+                *state = State::Stopped(exit);
+                true
+            }
+        })
+    }
+
+    /// Waits for its end.
+    pub async fn wait(&self) -> Exit {
+        let mut state = self.state.subscribe();
+        loop {
+            if let State::Stopped(exit) = *state.borrow_and_update() {
+                return exit;
+            }
+            if state.changed().await.is_err() {
+                // The sender is in self.
+                return Exit::now(255);
+            }
+        }
+    }
+
+    /// Sets the copies of its streams.
+    pub fn set_copies(&self, copies: Copies) {
+        let mut streams = lock(&self.streams);
+        if streams.stdin_closed {
+            copies.close_stdin();
+        }
+        streams.copies = Some(Arc::new(copies));
+    }
+
+    /// Its stdin ends after what its client has written.
+    pub fn close_stdin(&self) {
+        let mut streams = lock(&self.streams);
+        streams.stdin_closed = true;
+        if let Some(copies) = &streams.copies {
+            copies.close_stdin();
+        }
+    }
+
+    /// Waits until its output has been passed on, at most for `deadline`.
+    pub async fn drain(&self, deadline: Duration) -> bool {
+        let copies = lock(&self.streams).copies.clone();
+        match copies {
+            Some(copies) => copies.drain(deadline).await,
+            None => true,
+        }
+    }
+
+    /// Closes its streams.
+    pub async fn close(&self) {
+        let copies = lock(&self.streams).copies.take();
+        if let Some(copies) = copies {
+            copies.close().await;
+        }
+    }
+}
+
+/// A container.
+#[derive(Debug)]
+pub struct Container {
+    /// Its id.
+    pub id: String,
+    /// Its bundle.
+    pub bundle: PathBuf,
+    /// Its init.
+    pub init: Arc<Process>,
+    /// Hooks that run on the host.
+    pub hooks: Hooks,
+    /// What hooks are told.
+    pub context: Context,
+    /// Its poststop hooks in the journal.
+    pub poststop: Option<Resource>,
+    /// The anchor's pid: the pid of every reply.
+    pub pid: u32,
+    anchor: Mutex<Option<Anchor>>,
+    execs: Mutex<HashMap<String, Arc<Process>>>,
+}
+
+impl Container {
+    /// A created container.
+    pub fn new(init: Arc<Process>, anchor: Anchor, context: Context, hooks: Hooks, poststop: Option<Resource>) -> Self {
+        Self {
+            id: context.id.clone(),
+            bundle: context.bundle.clone(),
+            init,
+            hooks,
+            poststop,
+            pid: anchor.pid().unsigned_abs(),
+            context,
+            anchor: Mutex::new(Some(anchor)),
+            execs: Mutex::default(),
+        }
+    }
+
+    /// Its init (empty id) or one of its exec processes.
+    pub fn process(&self, exec_id: &str) -> Result<Arc<Process>, Error> {
+        if exec_id.is_empty() {
+            return Ok(self.init.clone());
+        }
+        self.execs().get(exec_id).cloned().ok_or_else(|| Error::NotFound { what: "exec", id: exec_id.into() })
+    }
+
+    /// Adds an exec process.
+    pub fn add_exec(&self, process: Process) -> Result<(), Error> {
+        use std::collections::hash_map::Entry;
+        match self.execs().entry(process.exec_id.clone()) {
+            Entry::Occupied(taken) => Err(Error::AlreadyExists { what: "exec", id: taken.key().clone() }),
+            Entry::Vacant(free) => {
+                free.insert(Arc::new(process));
+                Ok(())
+            }
+        }
+    }
+
+    /// Forgets an exec process.
+    pub fn remove_exec(&self, exec_id: &str) {
+        self.execs().remove(exec_id);
+    }
+
+    /// Its exec processes that run.
+    pub fn running_execs(&self) -> Vec<Arc<Process>> {
+        self.execs().values().filter(|process| process.state() == State::Running).cloned().collect()
+    }
+
+    /// All its processes, the init last.
+    pub fn processes(&self) -> Vec<Arc<Process>> {
+        let mut all: Vec<_> = self.execs().values().cloned().collect();
+        all.push(self.init.clone());
+        all
+    }
+
+    /// Ends the anchor.
+    pub fn end_anchor(&self) {
+        drop(lock(&self.anchor).take());
+    }
+
+    fn execs(&self) -> MutexGuard<'_, HashMap<String, Arc<Process>>> {
+        lock(&self.execs)
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_ends_once_and_does_not_run_again() {
+        let process = Process::new("", Stdio::default(), None);
+        assert_eq!(process.state().name(), "created");
+        assert!(process.set_stopped(Exit::now(7)));
+        assert!(!process.set_stopped(Exit::now(8)));
+        process.set_running();
+        assert!(matches!(process.state(), State::Stopped(Exit { status: 7, .. })));
+    }
+
+    #[tokio::test]
+    async fn all_who_wait_are_told() {
+        let process = Arc::new(Process::new("", Stdio::default(), None));
+        let waiting: Vec<_> = (0..5)
+            .map(|_| {
+                let process = process.clone();
+                tokio::spawn(async move { process.wait().await.status })
+            })
+            .collect();
+        tokio::task::yield_now().await;
+        process.set_running();
+        process.set_stopped(Exit::now(3));
+        for waiter in waiting {
+            assert_eq!(waiter.await.unwrap(), 3);
+        }
+        assert_eq!(process.wait().await.status, 3);
+    }
+}

@@ -1,0 +1,240 @@
+//! How a container comes to be and is taken away, step by step, with one way back from each step.
+
+use std::{path::Path, sync::Arc};
+
+use containerd_shim_protos::api::CreateTaskRequest;
+use oci_spec::runtime::ContainerState;
+use tokio::net::UnixStream;
+use ttrpc::Code;
+use vz_proto::{ContainerRequest, CreateContainerRequest, ExecProcessRequest, STREAM_PORT, Stdio as AgentStdio, frame};
+
+use crate::{
+    anchor::Anchor,
+    container::{Container, Exit, Process, State},
+    error::{Error, chain},
+    hooks::{self, Context},
+    io::{self, Guest, Stdio},
+    journal::Resource,
+    sandbox::{Sandbox, read_spec},
+    service::process_request,
+    spec,
+};
+
+/// Makes a container that is ready to be started. After a failure nothing of it is left.
+pub async fn create(sandbox: &Arc<Sandbox>, request: &CreateTaskRequest) -> Result<Arc<Container>, Error> {
+    if !request.checkpoint.is_empty() {
+        return Err(Error::Unimplemented("restoring a checkpoint"));
+    }
+    sandbox.reserve(&request.id)?;
+    let made = match host_side(sandbox, request).await {
+        Ok((container, guest_spec)) => {
+            let container = Arc::new(container);
+            sandbox.insert(container.clone());
+            // Nothing of its init is published before it has been created.
+            let _transition = container.init.transition.lock().await;
+            guest_side(sandbox, &container, guest_spec).await.map(|()| container.clone())
+        }
+        Err(error) => Err(error),
+    };
+    if made.is_err() {
+        undo(sandbox, &request.id).await;
+    }
+    made
+}
+
+async fn undo(sandbox: &Arc<Sandbox>, id: &str) {
+    match sandbox.container(id) {
+        Ok(container) => {
+            // Whoever waits for it already is told that nothing will come.
+            container.init.set_stopped(Exit::now(255));
+            if let Err(error) = delete(sandbox, &container).await {
+                tracing::error!(container = id, error = chain(&error), "undo create");
+            }
+        }
+        Err(_) => {
+            if let Err(error) = sandbox.share.remove(id) {
+                tracing::error!(container = id, error = chain(&error), "undo create");
+            }
+            sandbox.remove(id);
+        }
+    }
+}
+
+/// Everything on the host: root file system, volumes, anchor, hooks.
+async fn host_side(sandbox: &Arc<Sandbox>, request: &CreateTaskRequest) -> Result<(Container, Vec<u8>), Error> {
+    let bundle = Path::new(&request.bundle);
+    let spec = read_spec(bundle)?;
+    let annotations = spec::annotations(&spec);
+    spec::refuse_network(&annotations)?;
+    let root = spec.root().as_ref().map(|root| bundle.join(root.path())).unwrap_or_default();
+    let plan = spec::plan(spec, &request.id)?;
+    for field in &plan.dropped {
+        tracing::info!(container = request.id, field, "has no meaning in a vm, is left out");
+    }
+    sandbox.share.mount_rootfs(&request.id, &request.rootfs, &root)?;
+    for bind in &plan.binds {
+        sandbox.share.bind(bind)?;
+    }
+    let anchor = Anchor::start(&sandbox.share.rootfs(&request.id))?;
+    sandbox.journal.process("anchor", anchor.pid())?;
+    let context = Context { id: request.id.clone(), bundle: bundle.to_owned(), pid: anchor.pid(), annotations };
+    let mut poststop = None;
+    if plan.hooks.poststop().as_ref().is_some_and(|hooks| !hooks.is_empty()) {
+        let resource = Resource::Poststop { id: request.id.clone(), bundle: bundle.to_owned() };
+        sandbox.journal.made(resource.clone())?;
+        poststop = Some(resource);
+    }
+    let stdio = Stdio {
+        stdin: request.stdin.clone(),
+        stdout: request.stdout.clone(),
+        stderr: request.stderr.clone(),
+        terminal: request.terminal,
+    };
+    let init = Arc::new(Process::new("", stdio, None));
+    let container = Container::new(init, anchor, context, plan.hooks, poststop);
+    let state = ContainerState::Creating;
+    let ran = async {
+        #[allow(deprecated)]
+        let prestart = container.hooks.prestart().as_ref();
+        hooks::run("prestart", prestart, &container.context, state).await?;
+        hooks::run("createRuntime", container.hooks.create_runtime().as_ref(), &container.context, state).await
+    };
+    if let Err(error) = ran.await {
+        finish_hooks(sandbox, &container).await;
+        return Err(error.into());
+    }
+    let guest = serde_json::to_vec(&plan.guest)
+        .map_err(|e| Error::Message { what: "write the guest's spec", source: Box::new(e) })?;
+    Ok((container, guest))
+}
+
+/// Everything in the guest: streams and the container itself.
+async fn guest_side(sandbox: &Arc<Sandbox>, container: &Container, spec: Vec<u8>) -> Result<(), Error> {
+    let id = &container.id;
+    let host = io::open(&container.init.stdio, id, &sandbox.identity.namespace)?;
+    // Waits until the guest has booted.
+    sandbox.agent.client().await?;
+    let (stdio, guest) = connect_streams(sandbox, &container.init.stdio).await?;
+    let request =
+        CreateContainerRequest { container_id: id.clone(), spec, stdio: Some(stdio).into(), ..Default::default() };
+    container.init.set_copies(host.connect(guest, container.init.stdio.terminal));
+    let asked =
+        sandbox.agent.ask("create", |agent, context| async move { agent.create_container(context, &request).await });
+    asked.await.map(drop)
+}
+
+/// Starts a created container's init.
+pub async fn start_init(sandbox: &Arc<Sandbox>, container: &Container) -> Result<(), Error> {
+    let request = ContainerRequest { container_id: container.id.clone(), ..Default::default() };
+    let asked =
+        sandbox.agent.ask("start", |agent, context| async move { agent.start_container(context, &request).await });
+    asked.await.map(drop)
+}
+
+/// Runs a started container's poststart hooks; a failure is logged, as the runtime spec says.
+pub async fn poststart(container: &Container) {
+    let hooks = container.hooks.poststart().as_ref();
+    if let Err(error) = hooks::run("poststart", hooks, &container.context, ContainerState::Running).await {
+        tracing::warn!(container = container.id, error = chain(&error), "poststart hook");
+    }
+}
+
+/// Starts an exec process. After a failure nothing of it is left in the guest, and its streams are closed.
+pub async fn start_exec(sandbox: &Arc<Sandbox>, container: &Container, process: &Process) -> Result<(), Error> {
+    let started = async {
+        let host = io::open(&process.stdio, &container.id, &sandbox.identity.namespace)?;
+        let (stdio, guest) = connect_streams(sandbox, &process.stdio).await?;
+        let mut spec = process.spec.clone().ok_or_else(|| Error::Invalid("exec has no process".into()))?;
+        spec.set_terminal(Some(process.stdio.terminal));
+        let spec = serde_json::to_vec(&spec::exec_process(spec))
+            .map_err(|e| Error::Message { what: "write the guest's process", source: Box::new(e) })?;
+        let request = ExecProcessRequest {
+            container_id: container.id.clone(),
+            exec_id: process.exec_id.clone(),
+            process: spec,
+            stdio: Some(stdio).into(),
+            ..Default::default()
+        };
+        process.set_copies(host.connect(guest, process.stdio.terminal));
+        let asked =
+            sandbox.agent.ask("exec", |agent, context| async move { agent.exec_process(context, &request).await });
+        asked.await.map(drop)
+    };
+    let result = started.await;
+    if result.is_err() {
+        process.close().await;
+    }
+    result
+}
+
+/// Connects a stream to the guest for each that is wanted, under a token of its own.
+async fn connect_streams(sandbox: &Sandbox, stdio: &Stdio) -> Result<(AgentStdio, Guest), Error> {
+    let (stdin, stdout, stderr) = stdio.wanted();
+    let mut agent = AgentStdio { terminal: stdio.terminal, ..Default::default() };
+    let mut guest = Guest::default();
+    for (wanted, token, stream) in [
+        (stdin, &mut agent.stdin, &mut guest.stdin),
+        (stdout, &mut agent.stdout, &mut guest.stdout),
+        (stderr, &mut agent.stderr, &mut guest.stderr),
+    ] {
+        if wanted {
+            let (name, connected) = connect_stream(sandbox).await?;
+            *token = name;
+            *stream = Some(connected);
+        }
+    }
+    Ok((agent, guest))
+}
+
+async fn connect_stream(sandbox: &Sandbox) -> Result<(String, UnixStream), Error> {
+    let failed =
+        |source: Box<dyn std::error::Error + Send + Sync>| Error::Message { what: "open stdio stream", source };
+    let token = token().map_err(|e| failed(e.into()))?;
+    let mut stream = sandbox.vmm.dial(STREAM_PORT).await?;
+    frame::write_token(&mut stream, &token).await.map_err(|e| failed(e.into()))?;
+    Ok((token, stream))
+}
+
+/// A name that nobody in the guest can guess.
+fn token() -> std::io::Result<String> {
+    use std::io::Read;
+    let mut bytes = [0u8; frame::TOKEN_LEN / 2];
+    std::fs::File::open("/dev/urandom")?.read_exact(&mut bytes)?;
+    Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+/// Forgets an ended process in the guest, where there is a guest still.
+pub async fn forget(sandbox: &Sandbox, container: &Container, exec_id: &str) {
+    let request = process_request(&container.id, exec_id);
+    let asked =
+        sandbox.agent.ask("delete", |agent, context| async move { agent.delete_process(context, &request).await });
+    match asked.await {
+        Ok(_) | Err(Error::Sandbox(_) | Error::Agent { code: Code::NOT_FOUND, .. }) => {}
+        Err(error) => tracing::warn!(container = container.id, exec = exec_id, error = chain(&error), "forget process"),
+    }
+}
+
+/// Takes away a container, ended or never started: in the guest, then on the host. With the last one ends the VM.
+pub async fn delete(sandbox: &Arc<Sandbox>, container: &Arc<Container>) -> Result<(), Error> {
+    forget(sandbox, container, "").await;
+    for process in container.processes() {
+        if process.state() != State::Running || process.exec_id.is_empty() {
+            process.close().await;
+        }
+    }
+    container.end_anchor();
+    if sandbox.remove(&container.id) {
+        sandbox.end_vm().await;
+    }
+    sandbox.share.remove(&container.id)?;
+    finish_hooks(sandbox, container).await;
+    Ok(())
+}
+
+async fn finish_hooks(sandbox: &Sandbox, container: &Container) {
+    let Some(resource) = container.poststop.clone() else { return };
+    hooks::poststop(&container.bundle).await;
+    if let Err(error) = sandbox.journal.gone(resource) {
+        tracing::error!(container = container.id, error = chain(&error), "write journal");
+    }
+}

@@ -1,0 +1,142 @@
+//! The daemon of a sandbox: from the inherited socket to the exit.
+//!
+//! It is single-threaded for its whole life: what it starts is tied to its main thread, and there is little to compute.
+
+use std::{
+    env,
+    fs::OpenOptions,
+    io::{self, Write},
+    os::{
+        fd::{IntoRawFd, OwnedFd, RawFd},
+        unix::net::UnixListener,
+    },
+    path::PathBuf,
+    process::ExitCode,
+    sync::Arc,
+    time::Duration,
+};
+
+use containerd_shim::Flags;
+use containerd_shim_protos::shim_async::create_task;
+use tokio::{net::UnixListener as TokioListener, runtime::Builder};
+use ttrpc::asynchronous::{Server, transport::Listener};
+use vz_config::Config;
+use vz_sys::process::inherited_fd;
+
+use crate::{
+    error::{Error, chain},
+    events,
+    journal::{self, Journal, Resource},
+    log,
+    sandbox::{self, Identity, Prepared},
+    service::Service,
+};
+
+/// What the daemon reports once its VM is on the way.
+pub const READY: &str = "ready\n";
+/// Environment variable that carries containerd's ConfigPath from `start` to the daemon.
+pub const CONFIG_PATH: &str = "VZ_CONFIG_PATH";
+/// How long queued events and replies may take when the daemon is to exit.
+const FLUSH: Duration = Duration::from_secs(3);
+
+/// The daemon's process.
+pub fn main(flags: &Flags) -> ExitCode {
+    let (Ok(listener), Ok(report)) = (take_over(0), take_over(1)) else { return ExitCode::FAILURE };
+    let listener = UnixListener::from(listener);
+    let identity = match env::current_dir() {
+        Ok(bundle) => Identity { namespace: flags.namespace.clone(), id: flags.id.clone(), bundle },
+        Err(error) => return refuse(report, &format!("find working directory: {error}")),
+    };
+    let prepared = match prepare(flags, &identity) {
+        Ok(prepared) => prepared,
+        Err(error) => {
+            let dir = Journal::dir(&flags.namespace, &flags.id);
+            if let Err(error) = Journal::unwind(&dir, |_| ()) {
+                tracing::error!(error = chain(&error), "clean up");
+            }
+            return refuse(report, &chain(&error));
+        }
+    };
+    let runtime = match Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return refuse(report, &format!("start async runtime: {error}")),
+    };
+    if let Err(error) = std::fs::File::from(report).write_all(READY.as_bytes()) {
+        tracing::error!(%error, "report to `start`");
+    }
+    runtime.block_on(serve(identity, prepared, listener))
+}
+
+fn refuse(report: OwnedFd, why: &str) -> ExitCode {
+    // Whoever started us may be gone; there is nobody else to tell.
+    drop(std::fs::File::from(report).write_all(why.as_bytes()));
+    ExitCode::FAILURE
+}
+
+/// Takes over what `start` has left as a standard stream. /dev/null takes its place: the number must not come to mean
+/// something else for a library that writes to it.
+fn take_over(number: RawFd) -> io::Result<OwnedFd> {
+    let inherited = inherited_fd(number)?;
+    let taken = inherited.try_clone()?;
+    let null = OpenOptions::new().read(true).write(true).open("/dev/null")?;
+    let mut place = inherited;
+    nix::unistd::dup2(&null, &mut place)?;
+    // Open for the life of the process.
+    let _: RawFd = place.into_raw_fd();
+    Ok(taken)
+}
+
+fn prepare(flags: &Flags, identity: &Identity) -> Result<Prepared, Error> {
+    let extra = env::var_os(CONFIG_PATH).map(PathBuf::from);
+    let mut config = Config::load(extra.as_deref())?;
+    if flags.debug && config.log_level < vz_config::LogLevel::Debug {
+        config.log_level = vz_config::LogLevel::Debug;
+    }
+    let name = format!("{}/{}", identity.namespace, identity.id);
+    let stderr = log::init(&identity.bundle, config.log_level.as_str(), &name);
+    let journal = Journal::create(&Journal::dir(&identity.namespace, &identity.id))?;
+    journal.process(journal::SHIM, nix::unistd::Pid::this().as_raw())?;
+    journal.made(Resource::Socket { path: flags.socket.trim_start_matches("unix://").into() })?;
+    sandbox::prepare(identity, config, journal, stderr.as_ref())
+}
+
+async fn serve(identity: Identity, prepared: Prepared, listener: UnixListener) -> ExitCode {
+    let dir = Journal::dir(&identity.namespace, &identity.id);
+    let address = env::var("TTRPC_ADDRESS").unwrap_or_default();
+    let (publisher, queue) = events::publisher(&identity.namespace, &address);
+    let mut forwarding = tokio::spawn(queue.run());
+    let served = async {
+        let sandbox = prepared.run(identity, publisher)?;
+        let message = |what, source: io::Error| Error::Message { what, source: Box::new(source) };
+        listener.set_nonblocking(true).map_err(|e| message("use socket", e))?;
+        let listener = TokioListener::from_std(listener).map_err(|e| message("use socket", e))?;
+        let mut services = create_task(Arc::new(Service(sandbox.clone())));
+        // containerd 1.7 calls the same service by its older name; the messages are the same.
+        let older = create_task(Arc::new(Service(sandbox.clone())));
+        services.extend(older.into_iter().map(|(name, service)| (name.replace(".v3.", ".v2."), service)));
+        let mut server = Server::new().add_listener(Listener::from(listener)).register_service(services);
+        server.start().await.map_err(|e| Error::Message { what: "serve tasks", source: Box::new(e) })?;
+        sandbox.shutdown.notified().await;
+        sandbox.destroy().await;
+        // The reply to the request that ends us is on its way still.
+        if tokio::time::timeout(FLUSH, server.shutdown()).await.is_err() {
+            tracing::warn!("a client keeps its connection open");
+        }
+        Ok::<_, Error>(())
+    };
+    let code = match served.await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!(error = chain(&error), "serve");
+            if let Err(error) = Journal::unwind(&dir, |_| ()) {
+                tracing::error!(error = chain(&error), "clean up");
+            }
+            ExitCode::FAILURE
+        }
+    };
+    // Every publisher is gone with the sandbox: the queue ends by itself once it is empty.
+    if tokio::time::timeout(FLUSH, &mut forwarding).await.is_err() {
+        tracing::warn!("containerd does not take the last events");
+    }
+    code
+}

@@ -1,0 +1,163 @@
+//! What a request can fail with, and the one place where it becomes a ttrpc status.
+
+use std::{error::Error as StdError, fmt::Write, sync::Arc};
+
+use ttrpc::{Code, get_status};
+
+/// Why a request failed.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// No such container or process.
+    #[error("{what} {id}: not found")]
+    NotFound {
+        /// `container`, `exec`.
+        what: &'static str,
+        /// Its id.
+        id: String,
+    },
+    /// The process has ended; the one error of Kill that clients expect.
+    #[error("process already finished")]
+    Finished,
+    /// The id is taken.
+    #[error("{what} {id}: already exists")]
+    AlreadyExists {
+        /// `container`, `exec`.
+        what: &'static str,
+        /// Its id.
+        id: String,
+    },
+    /// The container or process is in another state.
+    #[error("{what} {id} is {state}, {wanted}")]
+    State {
+        /// `container`, `exec`.
+        what: &'static str,
+        /// Its id.
+        id: String,
+        /// Its state.
+        state: &'static str,
+        /// What it must be for this.
+        wanted: &'static str,
+    },
+    /// The request makes no sense.
+    #[error("{0}")]
+    Invalid(String),
+    /// Not offered.
+    #[error("{0} is not supported by vz")]
+    Unimplemented(&'static str),
+    /// The VM could not be started, or has ended.
+    #[error("{0}")]
+    Sandbox(Arc<str>),
+    /// The agent did not answer in time.
+    #[error("the guest agent did not answer {0} in time")]
+    AgentTimeout(&'static str),
+    /// The agent refused, with its own code and words.
+    #[error("{message}")]
+    Agent {
+        /// Its code.
+        code: Code,
+        /// Its words.
+        message: String,
+    },
+    /// The spec.
+    #[error("read {path}")]
+    ReadSpec {
+        /// The file.
+        path: std::path::PathBuf,
+        /// Why not.
+        #[source]
+        source: oci_spec::OciSpecError,
+    },
+    /// The spec asks for what a VM cannot give.
+    #[error(transparent)]
+    Spec(#[from] crate::spec::Error),
+    /// The configuration.
+    #[error(transparent)]
+    Config(#[from] vz_config::Error),
+    /// The share.
+    #[error(transparent)]
+    Share(#[from] crate::share::Error),
+    /// The anchor.
+    #[error(transparent)]
+    Anchor(#[from] crate::anchor::Error),
+    /// A hook.
+    #[error(transparent)]
+    Hook(#[from] crate::hooks::Error),
+    /// Standard input or output.
+    #[error(transparent)]
+    Io(#[from] crate::io::Error),
+    /// The journal.
+    #[error(transparent)]
+    Journal(#[from] crate::journal::Error),
+    /// The vmm process.
+    #[error(transparent)]
+    Vmm(#[from] crate::vmm::Error),
+    /// A message could not be read or written.
+    #[error("{what}")]
+    Message {
+        /// Which.
+        what: &'static str,
+        /// Why not.
+        source: Box<dyn StdError + Send + Sync>,
+    },
+}
+
+impl Error {
+    fn code(&self) -> Code {
+        match self {
+            Self::NotFound { .. } | Self::Finished => Code::NOT_FOUND,
+            Self::AlreadyExists { .. } => Code::ALREADY_EXISTS,
+            Self::State { .. } => Code::FAILED_PRECONDITION,
+            Self::Invalid(_) | Self::Spec(_) | Self::ReadSpec { .. } | Self::Config(_) => Code::INVALID_ARGUMENT,
+            Self::Unimplemented(_) => Code::UNIMPLEMENTED,
+            Self::Sandbox(_) => Code::UNAVAILABLE,
+            Self::AgentTimeout(_) => Code::DEADLINE_EXCEEDED,
+            Self::Agent { code, .. } => *code,
+            _ => Code::UNKNOWN,
+        }
+    }
+
+    /// What the client is told.
+    pub fn to_ttrpc(&self) -> ttrpc::Error {
+        ttrpc::Error::RpcStatus(get_status(self.code(), chain(self)))
+    }
+}
+
+/// An error with all its causes, as one line.
+pub fn chain(error: &dyn StdError) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let said = error.to_string();
+        // Some libraries repeat their cause in their own words.
+        if !text.ends_with(&said) && write!(text, ": {said}").is_err() {
+            break;
+        }
+        cause = error.source();
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn codes_are_the_ones_that_clients_look_for() {
+        let code = |error: Error| match error.to_ttrpc() {
+            ttrpc::Error::RpcStatus(status) => status.code(),
+            other => panic!("{other}"),
+        };
+        assert_eq!(code(Error::Finished), Code::NOT_FOUND);
+        assert_eq!(code(Error::AlreadyExists { what: "exec", id: "x".into() }), Code::ALREADY_EXISTS);
+        let state = Error::State { what: "container", id: "x".into(), state: "running", wanted: "must be stopped" };
+        assert_eq!(state.to_string(), "container x is running, must be stopped");
+        assert_eq!(code(state), Code::FAILED_PRECONDITION);
+        assert_eq!(code(Error::Unimplemented("checkpoint")), Code::UNIMPLEMENTED);
+    }
+
+    #[test]
+    fn a_chain_says_each_cause_once() {
+        let error = crate::anchor::Error::Spawn(std::io::Error::other("no memory"));
+        assert_eq!(chain(&Error::from(error)), "start anchor process: no memory");
+    }
+}

@@ -1,0 +1,203 @@
+//! OCI hooks that run on the host (runtime-spec, "POSIX-platform Hooks").
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+    process::Stdio,
+    time::Duration,
+};
+
+use oci_spec::runtime::{ContainerState, Hook, Spec, StateBuilder};
+use tokio::{io::AsyncWriteExt, process::Command, time::timeout};
+
+/// Most bytes of a failing hook's stderr that are quoted.
+const QUOTED: usize = 2048;
+
+/// Why a hook failed.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// It could not be run.
+    #[error("run {point} hook {path}")]
+    Run {
+        /// `createRuntime`, ...
+        point: &'static str,
+        /// The program.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// It ended with a failure.
+    #[error("{point} hook {path}: {status}: {stderr}")]
+    Failed {
+        /// `createRuntime`, ...
+        point: &'static str,
+        /// The program.
+        path: PathBuf,
+        /// How it ended.
+        status: std::process::ExitStatus,
+        /// What it said.
+        stderr: String,
+    },
+    /// It did not end in time, and was killed.
+    #[error("{point} hook {path}: not done after its timeout of {seconds} s")]
+    Timeout {
+        /// `createRuntime`, ...
+        point: &'static str,
+        /// The program.
+        path: PathBuf,
+        /// Its timeout.
+        seconds: u64,
+    },
+    /// The state that hooks are told could not be made.
+    #[error("describe container state")]
+    State(#[source] oci_spec::OciSpecError),
+}
+
+/// What hooks are told about a container.
+#[derive(Debug, Clone)]
+pub struct Context {
+    /// Its id.
+    pub id: String,
+    /// Its bundle.
+    pub bundle: PathBuf,
+    /// The pid of its anchor; 0 where there is none any more.
+    pub pid: i32,
+    /// Its spec's annotations.
+    pub annotations: std::collections::HashMap<String, String>,
+}
+
+/// Runs `hooks` one after the other; the first that fails ends it.
+pub async fn run(
+    point: &'static str,
+    hooks: Option<&Vec<Hook>>,
+    context: &Context,
+    status: ContainerState,
+) -> Result<(), Error> {
+    for hook in hooks.into_iter().flatten() {
+        one(point, hook, &state(context, status)?).await?;
+    }
+    Ok(())
+}
+
+/// Runs the poststop hooks of a bundle, with its failures logged only, as the runtime spec says.
+pub async fn poststop(bundle: &Path) {
+    let spec = match Spec::load(bundle.join("config.json")) {
+        Ok(spec) => spec,
+        Err(error) => {
+            tracing::warn!(%error, bundle = %bundle.display(), "poststop hooks are unknown");
+            return;
+        }
+    };
+    let Some(hooks) = spec.hooks().as_ref().and_then(|hooks| hooks.poststop().clone()) else { return };
+    let id = bundle.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let annotations = spec.annotations().clone().unwrap_or_default();
+    let context = Context { id, bundle: bundle.to_owned(), pid: 0, annotations };
+    for hook in &hooks {
+        let done = match state(&context, ContainerState::Stopped) {
+            Ok(state) => one("poststop", hook, &state).await,
+            Err(e) => Err(e),
+        };
+        if let Err(error) = done {
+            tracing::warn!(error = %crate::error::chain(&error), "poststop hook");
+        }
+    }
+}
+
+fn state(context: &Context, status: ContainerState) -> Result<Vec<u8>, Error> {
+    let state = StateBuilder::default()
+        .version("1.2.0")
+        .id(context.id.clone())
+        .status(status)
+        .pid(context.pid)
+        .bundle(context.bundle.clone())
+        .annotations(context.annotations.clone())
+        .build()
+        .map_err(Error::State)?;
+    serde_json::to_vec(&state).map_err(|e| Error::State(e.into()))
+}
+
+async fn one(point: &'static str, hook: &Hook, state: &[u8]) -> Result<(), Error> {
+    let path = hook.path();
+    let fail = |source| Error::Run { point, path: path.clone(), source };
+    let mut command = Command::new(path);
+    if let Some((name, args)) = hook.args().as_deref().and_then(<[String]>::split_first) {
+        command.arg0(name).args(args);
+    }
+    command.env_clear().stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped()).kill_on_drop(true);
+    for variable in hook.env().iter().flatten() {
+        if let Some((name, value)) = variable.split_once('=') {
+            command.env(name, value);
+        }
+    }
+    let mut child = command.spawn().map_err(fail)?;
+    let stdin = child.stdin.take();
+    let whole = async {
+        if let Some(mut stdin) = stdin {
+            match stdin.write_all(state).await {
+                // A hook need not read what it is told.
+                Err(e) if e.kind() == io::ErrorKind::BrokenPipe => {}
+                other => other?,
+            }
+        }
+        child.wait_with_output().await
+    };
+    let output = match hook.timeout().and_then(|seconds| u64::try_from(seconds).ok()).filter(|seconds| *seconds > 0) {
+        None => whole.await,
+        Some(seconds) => timeout(Duration::from_secs(seconds), whole).await.map_err(|_| Error::Timeout {
+            point,
+            path: path.clone(),
+            seconds,
+        })?,
+    }
+    .map_err(fail)?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let from = output.stderr.len().saturating_sub(QUOTED);
+    let stderr = String::from_utf8_lossy(&output.stderr[from..]).trim().to_owned();
+    Err(Error::Failed { point, path: path.clone(), status: output.status, stderr })
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn context() -> Context {
+        Context { id: "c1".into(), bundle: "/b/c1".into(), pid: 42, annotations: [("a".into(), "b".into())].into() }
+    }
+
+    async fn shell(script: &str, timeout: Option<i64>) -> Result<(), Error> {
+        let hook = json!({ "path": "/bin/sh", "args": ["sh", "-c", script], "env": ["X=y"], "timeout": timeout });
+        let hooks = vec![serde_json::from_value(hook).unwrap()];
+        run("createRuntime", Some(&hooks), &context(), ContainerState::Created).await
+    }
+
+    #[tokio::test]
+    async fn a_hook_is_told_the_state_and_gets_its_own_environment() {
+        let dir = tempfile::tempdir().unwrap();
+        let said = dir.path().join("said");
+        shell(&format!("cat > {0}; echo $X$HOME >> {0}", said.display()), None).await.unwrap();
+        let said = std::fs::read_to_string(said).unwrap();
+        let (state, env) = said.rsplit_once('}').unwrap();
+        let state: serde_json::Value = serde_json::from_str(&format!("{state}}}")).unwrap();
+        assert_eq!(
+            state,
+            json!({ "ociVersion": "1.2.0", "id": "c1", "status": "created", "pid": 42, "bundle": "/b/c1", "annotations": { "a": "b" } })
+        );
+        assert_eq!(env.trim(), "y");
+    }
+
+    #[tokio::test]
+    async fn a_failing_hook_is_quoted() {
+        let error = shell("echo no bridge >&2; exit 3", None).await.unwrap_err().to_string();
+        assert!(error.contains("no bridge") && error.contains("exit status: 3"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_hook_that_hangs_is_ended_at_its_timeout() {
+        let error = shell("exec sleep 1000", Some(1)).await.unwrap_err();
+        assert!(matches!(error, Error::Timeout { seconds: 1, .. }));
+    }
+}

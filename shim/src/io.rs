@@ -1,0 +1,426 @@
+//! A process's standard streams between containerd's side (fifo, file, logger) and the guest's vsock streams.
+//!
+//! containerd's forms (runtime v2 README, "IO"): a bare path or `fifo://` is a fifo that a client has open,
+//! `file://` is appended to, `binary://` is a program that gets both outputs.
+
+use std::{
+    collections::HashMap,
+    fs::{File, OpenOptions},
+    io,
+    os::fd::{AsFd, OwnedFd},
+    path::PathBuf,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use nix::{fcntl::OFlag, unistd::pipe2};
+use tokio::{
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
+    net::{UnixStream, unix::pipe},
+    task::JoinHandle,
+};
+
+use crate::logger::{self, Logger};
+
+/// How often a fifo is looked at for output that a client has not read yet.
+const UNREAD_PAUSE: Duration = Duration::from_millis(2);
+/// Bytes per copy.
+const BUFFER: usize = 64 * 1024;
+
+/// The streams of a process, as its client asked for them.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Stdio {
+    /// Empty, or where stdin comes from.
+    pub stdin: String,
+    /// Empty, or where stdout goes to.
+    pub stdout: String,
+    /// Empty, or where stderr goes to.
+    pub stderr: String,
+    /// One terminal instead of three streams.
+    pub terminal: bool,
+}
+
+/// Why a stream could not be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The form of its address is not known.
+    #[error("stdio {uri:?}: scheme {scheme:?} is not supported, use a fifo, file:// or binary://")]
+    Scheme {
+        /// The address.
+        uri: String,
+        /// Its scheme.
+        scheme: String,
+    },
+    /// It could not be opened.
+    #[error("open {stream} {path}")]
+    Open {
+        /// `stdin`, `stdout`, `stderr`.
+        stream: &'static str,
+        /// Where.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// The logging program.
+    #[error(transparent)]
+    Logger(#[from] logger::Error),
+}
+
+/// containerd's side of a process's streams, open.
+#[derive(Debug)]
+pub struct Host {
+    stdin: Option<Stdin>,
+    stdout: Option<Sink>,
+    stderr: Option<Sink>,
+    logger: Option<Logger>,
+}
+
+#[derive(Debug)]
+struct Stdin {
+    from: pipe::Receiver,
+    /// Keeps the fifo from looking ended before a client has opened it, until CloseIO.
+    hold: pipe::Sender,
+}
+
+#[derive(Debug)]
+enum Sink {
+    Fifo(pipe::Sender),
+    File(tokio::fs::File),
+}
+
+/// The guest's side: a connected stream for each that is wanted.
+#[derive(Debug, Default)]
+pub struct Guest {
+    /// Towards the process; unused with a terminal.
+    pub stdin: Option<UnixStream>,
+    /// From the process; both ways with a terminal.
+    pub stdout: Option<UnixStream>,
+    /// From the process.
+    pub stderr: Option<UnixStream>,
+}
+
+/// Running copies of a process's streams.
+#[derive(Debug, Default)]
+pub struct Copies {
+    input: Mutex<Option<JoinHandle<()>>>,
+    outputs: tokio::sync::Mutex<Vec<JoinHandle<()>>>,
+    hold: Mutex<Option<pipe::Sender>>,
+    logger: Mutex<Option<Arc<Logger>>>,
+}
+
+impl Stdio {
+    /// Which streams the guest must provide: stdin, stdout, stderr.
+    pub fn wanted(&self) -> (bool, bool, bool) {
+        let set = |uri: &String| !uri.is_empty();
+        if self.terminal {
+            (false, set(&self.stdin) || set(&self.stdout), false)
+        } else {
+            (set(&self.stdin), set(&self.stdout), set(&self.stderr))
+        }
+    }
+}
+
+/// Opens containerd's side. `id` and `namespace` are told to a logging program.
+pub fn open(stdio: &Stdio, id: &str, namespace: &str) -> Result<Host, Error> {
+    let stdin = if stdio.stdin.is_empty() { None } else { Some(open_stdin(&stdio.stdin)?) };
+    let mut host = Host { stdin, stdout: None, stderr: None, logger: None };
+    let (scheme, path) = split(&stdio.stdout);
+    if scheme == "binary" {
+        let want_stderr = !stdio.stderr.is_empty() && !stdio.terminal;
+        let (logger, stdout, stderr) = Logger::start(&stdio.stdout, path, id, namespace)?;
+        let sink =
+            |fd: OwnedFd, stream| pipe::Sender::from_owned_fd(fd).map(Sink::Fifo).map_err(open_error(stream, path));
+        host.stdout = Some(sink(stdout, "stdout")?);
+        host.stderr = if want_stderr { Some(sink(stderr, "stderr")?) } else { None };
+        host.logger = Some(logger);
+        return Ok(host);
+    }
+    host.stdout = open_sink("stdout", &stdio.stdout)?;
+    if !stdio.terminal {
+        host.stderr = open_sink("stderr", &stdio.stderr)?;
+    }
+    Ok(host)
+}
+
+fn open_stdin(uri: &str) -> Result<Stdin, Error> {
+    let (scheme, path) = split(uri);
+    if scheme != "fifo" {
+        return Err(Error::Scheme { uri: uri.into(), scheme: scheme.into() });
+    }
+    let from = pipe::OpenOptions::new().open_receiver(path).map_err(open_error("stdin", path))?;
+    let hold = pipe::OpenOptions::new().open_sender(path).map_err(open_error("stdin", path))?;
+    Ok(Stdin { from, hold })
+}
+
+fn open_sink(stream: &'static str, uri: &str) -> Result<Option<Sink>, Error> {
+    if uri.is_empty() {
+        return Ok(None);
+    }
+    let (scheme, path) = split(uri);
+    match scheme {
+        // Open for reading too: the client may go away and come back, and writing must not fail in between.
+        "fifo" => pipe::OpenOptions::new()
+            .read_write(true)
+            .open_sender(path)
+            .map(Sink::Fifo)
+            .map(Some)
+            .map_err(open_error(stream, path)),
+        "file" => OpenOptions::new()
+            .append(true)
+            .create(true)
+            .open(path)
+            .map(|file| Some(Sink::File(file.into())))
+            .map_err(open_error(stream, path)),
+        _ => Err(Error::Scheme { uri: uri.into(), scheme: scheme.into() }),
+    }
+}
+
+fn open_error(stream: &'static str, path: &str) -> impl FnOnce(io::Error) -> Error {
+    move |source| Error::Open { stream, path: path.into(), source }
+}
+
+/// Splits `scheme://path?query` into scheme and path; a bare path is a fifo.
+fn split(uri: &str) -> (&str, &str) {
+    match uri.split_once("://") {
+        None => ("fifo", uri),
+        Some((scheme, rest)) => (scheme, rest.split_once('?').map_or(rest, |(path, _)| path)),
+    }
+}
+
+impl Host {
+    /// Starts copying.
+    pub fn connect(self, guest: Guest, terminal: bool) -> Copies {
+        let mut outputs = Vec::new();
+        let (mut input, mut hold) = (None, None);
+        let (from_guest, mut to_guest) = match guest.stdout {
+            None => (None, None),
+            Some(stream) if terminal => {
+                let (from, to) = stream.into_split();
+                (Some(from), Some(to))
+            }
+            Some(stream) => (Some(stream.into_split().0), None),
+        };
+        if let Some(stream) = guest.stdin {
+            to_guest = Some(stream.into_split().1);
+        }
+        if let (Some(from), Some(sink)) = (from_guest, self.stdout) {
+            outputs.push(tokio::spawn(copy_out("stdout", from, sink)));
+        }
+        if let (Some(stream), Some(sink)) = (guest.stderr, self.stderr) {
+            outputs.push(tokio::spawn(copy_out("stderr", stream.into_split().0, sink)));
+        }
+        if let (Some(stdin), Some(to)) = (self.stdin, to_guest) {
+            input = Some(tokio::spawn(copy_in(stdin.from, to, terminal)));
+            hold = Some(stdin.hold);
+        }
+        Copies {
+            input: Mutex::new(input),
+            outputs: tokio::sync::Mutex::new(outputs),
+            hold: Mutex::new(hold),
+            logger: Mutex::new(self.logger.map(Arc::new)),
+        }
+    }
+}
+
+impl Copies {
+    /// stdin ends after what the client has written already.
+    pub fn close_stdin(&self) {
+        drop(lock(&self.hold).take());
+    }
+
+    /// Waits until all output has been passed on, at most for `deadline`; copying goes on afterwards.
+    ///
+    /// A logging program may take its container's exit for the end of its own work (nerdctl's does, and what it has not
+    /// read by then is lost), so it gets to read everything, and end, before.
+    pub async fn drain(&self, deadline: Duration) -> bool {
+        let mut outputs = self.outputs.lock().await;
+        let logger = lock(&self.logger).clone();
+        let all = async {
+            while let Some(copy) = outputs.last_mut() {
+                // A copy ends with its stream; what failed has been logged. It can be waited for once only.
+                drop(copy.await);
+                outputs.pop();
+            }
+            if let Some(logger) = logger
+                && let Err(error) = logger.ended().await
+            {
+                tracing::warn!(%error, "wait for logging program");
+            }
+        };
+        tokio::time::timeout(deadline, all).await.is_ok()
+    }
+
+    /// Ends everything: streams are closed, a logging program is told and waited for.
+    pub async fn close(&self) {
+        self.close_stdin();
+        if let Some(input) = lock(&self.input).take() {
+            input.abort();
+        }
+        for copy in self.outputs.lock().await.drain(..) {
+            copy.abort();
+        }
+        let logger = lock(&self.logger).take();
+        if let Some(logger) = logger {
+            logger.end().await;
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+async fn copy_out(stream: &'static str, from: impl AsyncRead + Unpin, sink: Sink) {
+    let copied = match sink {
+        Sink::Fifo(mut to) => {
+            let copied = copy(from, &mut to).await;
+            // A fifo forgets what it holds with its last descriptor, and a client may not have opened its end yet:
+            // ours stays until everything has been read. No event tells of that.
+            while copied.is_ok() && vz_sys::channel::unread(to.as_fd()).is_ok_and(|unread| unread > 0) {
+                tokio::time::sleep(UNREAD_PAUSE).await;
+            }
+            copied
+        }
+        Sink::File(to) => copy(from, to).await,
+    };
+    if let Err(error) = copied {
+        tracing::warn!(%error, stream, "copy output");
+    }
+}
+
+async fn copy_in(from: pipe::Receiver, mut to: tokio::net::unix::OwnedWriteHalf, terminal: bool) {
+    match copy(from, &mut to).await {
+        Ok(()) if terminal => {}
+        // The half-close is the process's end of file, in order after the data.
+        Ok(()) => {
+            if let Err(error) = to.shutdown().await {
+                tracing::debug!(%error, "close stdin");
+            }
+        }
+        // The process has closed its end, or ended.
+        Err(error) => tracing::debug!(%error, "copy stdin"),
+    }
+}
+
+async fn copy(mut from: impl AsyncRead + Unpin, mut to: impl AsyncWrite + Unpin) -> io::Result<()> {
+    let mut buffer = vec![0; BUFFER];
+    loop {
+        match from.read(&mut buffer).await? {
+            0 => return to.flush().await,
+            n => to.write_all(&buffer[..n]).await?,
+        }
+    }
+}
+
+/// A pipe for a logging program: its end to read, and ours to write.
+pub(crate) fn logger_pipe() -> io::Result<(OwnedFd, OwnedFd)> {
+    let (read, write) = pipe2(OFlag::O_CLOEXEC)?;
+    let flags = OFlag::from_bits_retain(nix::fcntl::fcntl(write.as_fd(), nix::fcntl::FcntlArg::F_GETFL)?);
+    nix::fcntl::fcntl(write.as_fd(), nix::fcntl::FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+    Ok((read, write))
+}
+
+/// The `key=value` pairs of an address, percent-decoded.
+pub(crate) fn query(uri: &str) -> Vec<(String, String)> {
+    let Some((_, query)) = uri.split_once('?') else { return Vec::new() };
+    let pairs: HashMap<_, _> = query
+        .split('&')
+        .filter(|pair| !pair.is_empty())
+        .map(|pair| pair.split_once('=').unwrap_or((pair, "")))
+        .map(|(key, value)| (decode(key), decode(value)))
+        .collect();
+    let mut pairs: Vec<_> = pairs.into_iter().collect();
+    pairs.sort();
+    pairs
+}
+
+fn decode(text: &str) -> String {
+    let bytes = text.as_bytes();
+    let mut decoded = Vec::with_capacity(bytes.len());
+    let mut at = 0;
+    while at < bytes.len() {
+        let hex = bytes.get(at + 1..at + 3).and_then(|hex| std::str::from_utf8(hex).ok());
+        match (bytes[at], hex.and_then(|hex| u8::from_str_radix(hex, 16).ok())) {
+            (b'%', Some(byte)) => {
+                decoded.push(byte);
+                at += 3;
+                continue;
+            }
+            (b'+', _) => decoded.push(b' '),
+            (byte, _) => decoded.push(byte),
+        }
+        at += 1;
+    }
+    String::from_utf8_lossy(&decoded).into_owned()
+}
+
+/// Opens a file of the logging program's for reading what it says.
+pub(crate) fn null() -> io::Result<File> {
+    OpenOptions::new().read(true).write(true).open("/dev/null")
+}
+
+#[cfg(test)]
+mod tests {
+    use nix::{sys::stat::Mode, unistd::mkfifo};
+
+    use super::*;
+
+    #[test]
+    fn addresses_are_split_as_containerd_writes_them() {
+        assert_eq!(split("/run/x"), ("fifo", "/run/x"));
+        assert_eq!(split("fifo:///run/x"), ("fifo", "/run/x"));
+        assert_eq!(split("binary:///bin/nerdctl?a=b"), ("binary", "/bin/nerdctl"));
+        assert_eq!(
+            query("binary:///b?_INTERNAL=%2Fvar%2Flib&x=a+b&flag"),
+            [("_INTERNAL", "/var/lib"), ("flag", ""), ("x", "a b")].map(|(k, v)| (k.to_owned(), v.to_owned()))
+        );
+    }
+
+    #[tokio::test]
+    async fn output_arrives_whole_and_then_ends() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("out");
+        mkfifo(&path, Mode::S_IRWXU).unwrap();
+        let uri = path.to_str().unwrap().to_owned();
+        let host = open(&Stdio { stdout: uri, ..Default::default() }, "c1", "ns").unwrap();
+        let mut reader = pipe::OpenOptions::new().open_receiver(&path).unwrap();
+        let (ours, mut guest) = UnixStream::pair().unwrap();
+        let copies = host.connect(Guest { stdout: Some(ours), ..Default::default() }, false);
+        let sent = vec![7; 300_000];
+        let (sent2, writer) = (
+            sent.clone(),
+            tokio::spawn(async move {
+                guest.write_all(&sent).await.unwrap();
+            }),
+        );
+        let mut got = Vec::new();
+        reader.read_to_end(&mut got).await.unwrap();
+        writer.await.unwrap();
+        assert_eq!(got, sent2);
+        assert!(copies.drain(Duration::from_secs(1)).await);
+    }
+
+    #[tokio::test]
+    async fn stdin_ends_after_its_data_once_it_is_closed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("in");
+        mkfifo(&path, Mode::S_IRWXU).unwrap();
+        let uri = path.to_str().unwrap().to_owned();
+        let host = open(&Stdio { stdin: uri, ..Default::default() }, "c1", "ns").unwrap();
+        let (ours, mut guest) = UnixStream::pair().unwrap();
+        let copies = host.connect(Guest { stdin: Some(ours), ..Default::default() }, false);
+        let mut client = pipe::OpenOptions::new().open_sender(&path).unwrap();
+        client.write_all(b"hello").await.unwrap();
+        copies.close_stdin();
+        drop(client);
+        let mut got = String::new();
+        guest.read_to_string(&mut got).await.unwrap();
+        assert_eq!(got, "hello");
+    }
+
+    #[test]
+    fn an_unknown_scheme_is_named() {
+        let stdio = Stdio { stdout: "ttrpc+unix:///x".into(), ..Default::default() };
+        assert!(open(&stdio, "c1", "ns").unwrap_err().to_string().contains("ttrpc+unix"));
+    }
+}

@@ -1,0 +1,366 @@
+//! What a sandbox owns on the host, written down before it is made, and the one way in which it is taken away again.
+//!
+//! The journal is a file of JSON lines in the sandbox's state directory. [`Journal::unwind`] is both the end of a
+//! sandbox's normal life and what `delete` does after a crash; it can be repeated at any point of itself.
+//! Mounts are not in it: they are made in the shim's private mount namespace and end with its last process.
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io::{self, Write},
+    os::{fd::AsFd, unix::fs::DirBuilderExt},
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use nix::{
+    errno::Errno,
+    mount::{MntFlags, umount2},
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::signal::Signal,
+};
+use serde::{Deserialize, Serialize};
+use vz_sys::process::Handle;
+
+/// Where all sandboxes keep their state; a tmpfs on every host that has systemd.
+pub const STATE_ROOT: &str = "/run/vz";
+const FILE: &str = "journal";
+/// The role of the shim's own process.
+pub const SHIM: &str = "shim";
+/// How long a killed process may take to be gone.
+const KILL_DEADLINE: Duration = Duration::from_secs(10);
+
+/// Something that a sandbox owns.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum Resource {
+    /// A process; `start_time` tells it from a later one with its pid.
+    Process {
+        /// What it is, for people.
+        role: String,
+        /// Its pid on the host.
+        pid: i32,
+        /// Field 22 of /proc/PID/stat.
+        start_time: u64,
+    },
+    /// A unix socket.
+    Socket {
+        /// Its path.
+        path: PathBuf,
+    },
+    /// poststop hooks of a container that are still to be run.
+    Poststop {
+        /// The container's id.
+        id: String,
+        /// Its bundle, with the config.json that names them.
+        bundle: PathBuf,
+    },
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Line {
+    Made(Resource),
+    Gone(Resource),
+}
+
+/// Why something could not be written down or taken away.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The state directory or its journal.
+    #[error("{action} {path}")]
+    State {
+        /// What was tried.
+        action: &'static str,
+        /// Where.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// A process does not end.
+    #[error("kill {role} (pid {pid})")]
+    Kill {
+        /// What it is.
+        role: String,
+        /// Its pid.
+        pid: i32,
+        /// Why not.
+        source: io::Error,
+    },
+}
+
+/// A sandbox's journal, open for writing.
+#[derive(Debug)]
+pub struct Journal {
+    dir: PathBuf,
+    file: File,
+}
+
+impl Journal {
+    /// The state directory of a sandbox. Both names are checked by containerd to be free of `/`.
+    pub fn dir(namespace: &str, id: &str) -> PathBuf {
+        Path::new(STATE_ROOT).join(namespace).join(id)
+    }
+
+    /// Makes the state directory and an empty journal in it. What an earlier sandbox with this name has left behind must
+    /// have been taken away.
+    pub fn create(dir: &Path) -> Result<Self, Error> {
+        let state = |action| move |source| Error::State { action, path: dir.to_owned(), source };
+        fs::DirBuilder::new().recursive(true).mode(0o711).create(dir).map_err(state("make state directory"))?;
+        let file = OpenOptions::new()
+            .append(true)
+            .create_new(true)
+            .open(dir.join(FILE))
+            .map_err(state("create journal in"))?;
+        Ok(Self { dir: dir.to_owned(), file })
+    }
+
+    /// The state directory.
+    pub fn path(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Writes down something that is about to be made.
+    pub fn made(&self, resource: Resource) -> Result<(), Error> {
+        self.write(&Line::Made(resource))
+    }
+
+    /// Writes down that something is gone.
+    pub fn gone(&self, resource: Resource) -> Result<(), Error> {
+        self.write(&Line::Gone(resource))
+    }
+
+    /// Writes down a running process.
+    pub fn process(&self, role: &str, pid: i32) -> Result<Resource, Error> {
+        let start_time = start_time(pid).map_err(|source| Error::Kill { role: role.to_owned(), pid, source })?;
+        let resource = Resource::Process { role: role.to_owned(), pid, start_time };
+        self.made(resource.clone())?;
+        Ok(resource)
+    }
+
+    fn write(&self, line: &Line) -> Result<(), Error> {
+        let state = |source| Error::State { action: "write journal in", path: self.dir.clone(), source };
+        let mut text = serde_json::to_vec(line).map_err(|e| state(e.into()))?;
+        text.push(b'\n');
+        (&self.file).write_all(&text).map_err(state)
+    }
+
+    /// The pid of the shim that runs the sandbox in `dir`, if one does.
+    pub fn living_shim(dir: &Path) -> Result<Option<i32>, Error> {
+        let living = |resource| match resource {
+            Resource::Process { role, pid, start_time: then } if role == SHIM => {
+                // One that has ended, and has only not been waited for, is not living.
+                stat(pid).is_ok_and(|(state, now)| state != 'Z' && state != 'X' && now == then).then_some(pid)
+            }
+            _ => None,
+        };
+        Ok(read(dir)?.into_iter().find_map(living))
+    }
+
+    /// Takes away everything that the sandbox in `dir` owns, the last made first, and the directory.
+    ///
+    /// `poststop` runs a container's hooks. The caller itself may be in the journal; it is passed over. No directory is
+    /// no error.
+    pub fn unwind(dir: &Path, mut poststop: impl FnMut(&Path)) -> Result<(), Error> {
+        for resource in read(dir)?.into_iter().rev() {
+            match resource {
+                Resource::Process { role, pid, start_time } => kill(&role, pid, start_time)?,
+                Resource::Socket { path } => remove(&path, fs::remove_file)?,
+                Resource::Poststop { bundle, .. } => poststop(&bundle),
+            }
+        }
+        let entries = match fs::read_dir(dir) {
+            Ok(entries) => entries,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(source) => return Err(Error::State { action: "list", path: dir.to_owned(), source }),
+        };
+        for entry in entries {
+            let path = entry.map_err(|source| Error::State { action: "list", path: dir.to_owned(), source })?.path();
+            // A directory here is a mount point, never a tree of files. Whatever is mounted is detached first, so
+            // nothing below it can be removed by mistake, and rmdir refuses what is not empty.
+            if path.is_dir() && !path.is_symlink() {
+                match umount2(&path, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
+                    Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => {}
+                    Err(e) => return Err(Error::State { action: "unmount", path, source: e.into() }),
+                }
+                remove(&path, fs::remove_dir)?;
+            } else if path.file_name().is_some_and(|name| name != FILE) {
+                remove(&path, fs::remove_file)?;
+            }
+        }
+        remove(&dir.join(FILE), fs::remove_file)?;
+        remove(dir, fs::remove_dir)?;
+        // The namespace's directory stays while others use it.
+        if let Some(parent) = dir.parent().filter(|parent| *parent != Path::new(STATE_ROOT)) {
+            match fs::remove_dir(parent) {
+                Ok(()) => {}
+                Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::DirectoryNotEmpty) => {}
+                Err(source) => return Err(Error::State { action: "remove", path: parent.to_owned(), source }),
+            }
+        }
+        Ok(())
+    }
+}
+
+fn read(dir: &Path) -> Result<Vec<Resource>, Error> {
+    let path = dir.join(FILE);
+    let text = match fs::read_to_string(&path) {
+        Ok(text) => text,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(source) => return Err(Error::State { action: "read", path, source }),
+    };
+    let mut made = Vec::new();
+    for line in text.lines() {
+        match serde_json::from_str(line) {
+            Ok(Line::Made(resource)) => made.push(resource),
+            Ok(Line::Gone(resource)) => made.retain(|r| *r != resource),
+            // The last line may be cut short by a full disk or a kill; what it announced was then never made.
+            Err(error) => tracing::warn!(%error, path = %path.display(), "journal line is unreadable"),
+        }
+    }
+    Ok(made)
+}
+
+fn remove(path: &Path, how: impl FnOnce(PathBuf) -> io::Result<()>) -> Result<(), Error> {
+    match how(path.to_owned()) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => {
+            Err(Error::State { action: "remove", path: path.to_owned(), source: e })
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Kills a process and waits until it is gone. A pid that now belongs to another process is left alone.
+fn kill(role: &str, pid: i32, wanted: u64) -> Result<(), Error> {
+    if pid == nix::unistd::Pid::this().as_raw() {
+        return Ok(());
+    }
+    let fail = |source| Error::Kill { role: role.to_owned(), pid, source };
+    let Some(handle) = Handle::open(pid).map_err(fail)? else { return Ok(()) };
+    match start_time(pid) {
+        Ok(found) if found == wanted => {}
+        Ok(_) => return Ok(()),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(e) => return Err(fail(e)),
+    }
+    handle.kill(Signal::SIGKILL).map_err(fail)?;
+    let deadline = Instant::now() + KILL_DEADLINE;
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+        match poll(&mut [PollFd::new(handle.as_fd(), PollFlags::POLLIN)], timeout) {
+            Ok(0) => return Err(fail(io::Error::from(io::ErrorKind::TimedOut))),
+            Ok(_) => return Ok(()),
+            Err(Errno::EINTR) => {}
+            Err(e) => return Err(fail(e.into())),
+        }
+    }
+}
+
+/// When a process was started, in clock ticks since boot.
+fn start_time(pid: i32) -> io::Result<u64> {
+    stat(pid).map(|(_, start_time)| start_time)
+}
+
+/// The state of a process, and when it was started: proc_pid_stat(5), fields 3 and 22.
+fn stat(pid: i32) -> io::Result<(char, u64)> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    // The name, field 2, may contain anything, but it ends with the last parenthesis.
+    let fields = || {
+        let (_, rest) = stat.rsplit_once(')')?;
+        let mut fields = rest.split_whitespace();
+        Some((fields.next()?.chars().next()?, fields.nth(18)?.parse().ok()?))
+    };
+    fields().ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "malformed /proc/PID/stat"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::*;
+
+    #[test]
+    fn unwinding_takes_away_what_was_made_and_can_be_repeated() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = root.path().join("default").join("c1");
+        let journal = Journal::create(&dir).unwrap();
+        let socket = root.path().join("socket");
+        fs::write(&socket, "").unwrap();
+        journal.made(Resource::Socket { path: socket.clone() }).unwrap();
+        let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
+        journal.process("sleeper", i32::try_from(child.id()).unwrap()).unwrap();
+        fs::create_dir(dir.join("share")).unwrap();
+        fs::write(dir.join("console.log"), "x").unwrap();
+        journal.made(Resource::Poststop { id: "c1".into(), bundle: "/b".into() }).unwrap();
+        let mut hooks = Vec::new();
+        Journal::unwind(&dir, |bundle| hooks.push(bundle.to_owned())).unwrap();
+        assert_eq!(hooks, [Path::new("/b")]);
+        assert!(!child.wait().unwrap().success());
+        assert!(!dir.exists() && !socket.exists() && !root.path().join("default").exists());
+        Journal::unwind(&dir, |_| panic!("nothing is left")).unwrap();
+    }
+
+    #[test]
+    fn what_is_gone_already_is_not_taken_away_again() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = root.path().join("ns").join("c1");
+        let journal = Journal::create(&dir).unwrap();
+        let hook = Resource::Poststop { id: "c1".into(), bundle: "/b".into() };
+        journal.made(hook.clone()).unwrap();
+        journal.gone(hook).unwrap();
+        Journal::unwind(&dir, |_| panic!("it is gone")).unwrap();
+    }
+
+    #[test]
+    fn a_pid_that_was_reused_is_left_alone() {
+        let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
+        let pid = i32::try_from(child.id()).unwrap();
+        kill("other", pid, start_time(pid).unwrap() + 1).unwrap();
+        assert!(child.try_wait().unwrap().is_none());
+        child.kill().unwrap();
+        child.wait().unwrap();
+        kill("gone", pid, 1).unwrap();
+    }
+
+    #[test]
+    fn a_living_shim_is_found() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = root.path().join("ns").join("c1");
+        assert_eq!(Journal::living_shim(&dir).unwrap(), None);
+        let journal = Journal::create(&dir).unwrap();
+        assert_eq!(Journal::living_shim(&dir).unwrap(), None);
+        let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
+        let pid = i32::try_from(child.id()).unwrap();
+        journal.process(SHIM, pid).unwrap();
+        assert_eq!(Journal::living_shim(&dir).unwrap(), Some(pid));
+        child.kill().unwrap();
+        // A zombie by now or soon, until it is waited for.
+        while stat(pid).is_ok_and(|(state, _)| state != 'Z') {
+            std::thread::yield_now();
+        }
+        assert_eq!(Journal::living_shim(&dir).unwrap(), None);
+        child.wait().unwrap();
+        assert_eq!(Journal::living_shim(&dir).unwrap(), None);
+        Journal::unwind(&dir, |_| ()).unwrap();
+    }
+
+    #[test]
+    fn a_journal_line_that_was_cut_short_is_passed_over() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = root.path().join("ns").join("c1");
+        let journal = Journal::create(&dir).unwrap();
+        (&journal.file).write_all(b"{\"made\":{\"kind\":\"sock").unwrap();
+        Journal::unwind(&dir, |_| ()).unwrap();
+        assert!(!dir.exists());
+    }
+
+    #[test]
+    fn a_full_state_directory_is_never_emptied_below_a_mount_point() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = root.path().join("ns").join("c1");
+        Journal::create(&dir).unwrap();
+        fs::create_dir_all(dir.join("share").join("precious")).unwrap();
+        assert!(Journal::unwind(&dir, |_| ()).is_err());
+        assert!(dir.join("share").join("precious").exists());
+    }
+}

@@ -1,0 +1,36 @@
+//! `containerd-shim-vz-v2`: containerd's shim of the runtime `io.containerd.vz.v2`.
+//!
+//! One program in several roles: called by containerd (`start`, `delete`, `-info`, `-v`), as the daemon of a sandbox
+//! (without an action), and re-executed by that daemon as its VM's process (`vmm`) and a container's pid on the host
+//! (`anchor`).
+
+use std::{env, path::Path, process::ExitCode};
+
+mod agent;
+mod anchor;
+mod bootstrap;
+mod container;
+mod create;
+mod daemon;
+mod error;
+mod events;
+mod fd;
+mod hooks;
+mod io;
+mod journal;
+mod log;
+mod logger;
+mod sandbox;
+mod service;
+mod share;
+mod spec;
+mod vmm;
+
+fn main() -> ExitCode {
+    let args: Vec<_> = env::args_os().collect();
+    match (args.get(1).and_then(|arg| arg.to_str()), args.get(2)) {
+        (Some("vmm"), None) => vz_machine::vmm::main(),
+        (Some("anchor"), Some(rootfs)) => anchor::main(Path::new(rootfs)),
+        _ => bootstrap::main(&args[1..]),
+    }
+}

@@ -1,0 +1,426 @@
+//! A sandbox: one VM, and the containers in it.
+
+use std::{
+    collections::HashMap,
+    fs::File,
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use containerd_shim_protos::events::task::{TaskExit, TaskOOM};
+use oci_spec::runtime::Spec;
+use tokio::sync::{Notify, Semaphore, mpsc};
+use vz_config::Config;
+use vz_linux::Bundle;
+use vz_machine::control::{BootConfig, Cause, Ended};
+use vz_proto::{CONTROL_PORT, Event, LOG_PORT, SHARE_TAG, event};
+
+use crate::{
+    agent::{self, Agent},
+    container::{Container, Exit, Process, State},
+    error::{Error, chain},
+    events::Publisher,
+    hooks,
+    journal::Journal,
+    share::Share,
+    spec,
+    vmm::{self, Notice, Started, Vmm},
+};
+
+/// Exit status of processes whose VM has ended, as if they had been killed.
+const KILLED: u32 = 137;
+/// How long a container's exec processes may take to be reaped after its init.
+const REAP_DEADLINE: Duration = Duration::from_secs(2);
+/// Log connections of the guest at the same time.
+const LOG_CONNECTIONS: usize = 2;
+
+/// What is made before there is a runtime: the single-threaded part of a sandbox's start.
+#[derive(Debug)]
+pub struct Prepared {
+    journal: Journal,
+    share: Share,
+    vmm: Started,
+    config: Config,
+    agent_version: String,
+    begun: Instant,
+}
+
+/// Who the sandbox is.
+#[derive(Debug, Clone)]
+pub struct Identity {
+    /// containerd's namespace.
+    pub namespace: String,
+    /// The id of the sandbox, which is that of its first container.
+    pub id: String,
+    /// The first container's bundle.
+    pub bundle: PathBuf,
+}
+
+/// A sandbox.
+#[derive(Debug)]
+pub struct Sandbox {
+    /// Who it is.
+    pub identity: Identity,
+    /// Its configuration.
+    pub config: Config,
+    /// What it owns.
+    pub journal: Journal,
+    /// What its guest sees.
+    pub share: Share,
+    /// Its VM.
+    pub vmm: Vmm,
+    /// Its guest's agent.
+    pub agent: Agent,
+    /// Where its events go.
+    pub publisher: Publisher,
+    /// Notified once when the shim is to exit.
+    pub shutdown: Notify,
+    agent_version: String,
+    begun: Instant,
+    /// Whether the VM's end is our own doing.
+    ending: AtomicBool,
+    containers: Mutex<HashMap<String, Option<Arc<Container>>>>,
+}
+
+/// Reads a bundle's spec.
+pub fn read_spec(bundle: &Path) -> Result<Spec, Error> {
+    let path = bundle.join("config.json");
+    Spec::load(&path).map_err(|source| Error::ReadSpec { path, source })
+}
+
+/// Makes the share and starts the VM, whose process logs to `stderr`.
+///
+/// The process must be single-threaded, and this thread must be its main thread.
+pub fn prepare(
+    identity: &Identity,
+    config: Config,
+    journal: Journal,
+    stderr: Option<&File>,
+) -> Result<Prepared, Error> {
+    let begun = Instant::now();
+    let spec = read_spec(&identity.bundle)?;
+    let config = config.annotate(&spec::annotations(&spec))?;
+    let guest_bundle = config.guest_bundle()?;
+    let version = Bundle::describe(&guest_bundle)
+        .map_err(|e| Error::Message { what: "open guest bundle", source: Box::new(e) })?;
+    let share = Share::create(journal.path().join("share"))?;
+    let (vcpus, memory_mib) = size(&config, &spec);
+    let boot = BootConfig {
+        sandbox: format!("{}/{}", identity.namespace, identity.id),
+        vcpus,
+        memory_mib,
+        guest_bundle,
+        share: share.root().to_owned(),
+        share_tag: SHARE_TAG.into(),
+        state_dir: journal.path().to_owned(),
+        guest_ports: vec![CONTROL_PORT, LOG_PORT],
+        boot_deadline_ms: config.timeouts.boot_s.saturating_mul(1000),
+        console_limit: config.console.limit_kib.saturating_mul(1024),
+        qemu: config.qemu.path.clone(),
+        kernel_args: config.guest.kernel_args.clone(),
+        log_level: config.log_level.as_str().into(),
+    };
+    let vmm = vmm::start(boot, stderr)?;
+    journal.process("vmm", vmm.pid())?;
+    Ok(Prepared { journal, share, vmm, config, agent_version: version.agent_version, begun })
+}
+
+/// vCPUs and MiB for a container with this spec: its limits (memory plus the guest's own need), or the configured
+/// size, within the configured bounds.
+fn size(config: &Config, spec: &Spec) -> (u32, u64) {
+    let (cpus, memory) = spec::limits(spec);
+    let host_cpus = std::thread::available_parallelism().map_or(1, |n| u32::try_from(n.get()).unwrap_or(u32::MAX));
+    let most_cpus = if config.vm.max_vcpus == 0 { host_cpus } else { config.vm.max_vcpus };
+    let annotated = spec::annotations(spec);
+    let set = |key: &str| annotated.contains_key(&format!("{}{key}", vz_config::ANNOTATION));
+    let vcpus = match cpus {
+        Some(cpus) if !set("vcpus") => cpus.min(most_cpus).max(1),
+        _ => config.vm.vcpus,
+    };
+    let mut mib = match memory {
+        Some(limit) if !set("memory-mib") => limit.div_ceil(1 << 20).saturating_add(config.vm.memory_base_mib),
+        _ => config.vm.memory_mib,
+    };
+    let most = if config.vm.max_memory_mib == 0 { host_memory_mib() } else { Some(config.vm.max_memory_mib) };
+    if let Some(most) = most {
+        mib = mib.min(most);
+    }
+    (vcpus, mib)
+}
+
+/// CPU time that this process has used, in microseconds.
+fn own_cpu_us() -> i64 {
+    use nix::sys::{
+        resource::{UsageWho, getrusage},
+        time::TimeValLike,
+    };
+    getrusage(UsageWho::RUSAGE_SELF)
+        .map_or(0, |usage| usage.user_time().num_microseconds() + usage.system_time().num_microseconds())
+}
+
+fn host_memory_mib() -> Option<u64> {
+    let info = nix::sys::sysinfo::sysinfo().ok()?;
+    Some(info.ram_total() >> 20)
+}
+
+impl Prepared {
+    /// Starts listening to the VM, in the current tokio runtime.
+    pub fn run(self, identity: Identity, publisher: Publisher) -> Result<Arc<Sandbox>, Error> {
+        let deadline = Duration::from_secs(self.config.timeouts.agent_s);
+        let sandbox = Arc::new(Sandbox {
+            agent: Agent::new(deadline, self.config.log_level.as_str()),
+            vmm: self.vmm.listen()?,
+            identity,
+            config: self.config,
+            journal: self.journal,
+            share: self.share,
+            publisher,
+            shutdown: Notify::new(),
+            agent_version: self.agent_version,
+            begun: self.begun,
+            ending: AtomicBool::new(false),
+            containers: Mutex::default(),
+        });
+        let (notices, receiver) = vmm::notices();
+        let listening = sandbox.clone();
+        tokio::spawn(async move { listening.vmm.run(notices).await });
+        tokio::spawn(sandbox.clone().watch(receiver));
+        Ok(sandbox)
+    }
+}
+
+impl Sandbox {
+    /// How long a process's output is waited for after its end.
+    pub fn drain_deadline(&self) -> Duration {
+        Duration::from_secs(self.config.timeouts.drain_s)
+    }
+
+    /// A container.
+    pub fn container(&self, id: &str) -> Result<Arc<Container>, Error> {
+        self.containers().get(id).cloned().flatten().ok_or_else(|| Error::NotFound { what: "container", id: id.into() })
+    }
+
+    /// Takes an id for a container that is about to be made.
+    pub fn reserve(&self, id: &str) -> Result<(), Error> {
+        let mut containers = self.containers();
+        if containers.contains_key(id) {
+            return Err(Error::AlreadyExists { what: "container", id: id.into() });
+        }
+        containers.insert(id.to_owned(), None);
+        Ok(())
+    }
+
+    /// Adds a container under its reserved id.
+    pub fn insert(&self, container: Arc<Container>) {
+        self.containers().insert(container.id.clone(), Some(container));
+    }
+
+    /// Forgets a container, or gives its reserved id back. True where none is left.
+    pub fn remove(&self, id: &str) -> bool {
+        let mut containers = self.containers();
+        containers.remove(id);
+        containers.is_empty()
+    }
+
+    /// Whether there is no container, nor one in the making.
+    pub fn is_empty(&self) -> bool {
+        self.containers().is_empty()
+    }
+
+    fn containers(&self) -> MutexGuard<'_, HashMap<String, Option<Arc<Container>>>> {
+        self.containers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Milliseconds since the sandbox was begun, for the log: `make bench` splits a start by these.
+    pub fn elapsed_ms(&self) -> u64 {
+        u64::try_from(self.begun.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+
+    async fn watch(self: Arc<Self>, mut notices: mpsc::Receiver<Notice>) {
+        let logs = Arc::new(Semaphore::new(LOG_CONNECTIONS));
+        while let Some(notice) = notices.recv().await {
+            match notice {
+                Notice::Launched { machine, cpu_us } => {
+                    let own_cpu_us = own_cpu_us();
+                    tracing::info!(?machine, at_ms = self.elapsed_ms(), cpu_us, own_cpu_us, "vm is launched");
+                }
+                Notice::Accepted { port: CONTROL_PORT, stream } => {
+                    tokio::spawn(self.clone().control(stream));
+                }
+                Notice::Accepted { port: LOG_PORT, stream } => match logs.clone().try_acquire_owned() {
+                    Ok(permit) => {
+                        tokio::spawn(async move {
+                            agent::forward_log(stream).await;
+                            drop(permit);
+                        });
+                    }
+                    Err(_) => tracing::warn!("guest opens too many log connections"),
+                },
+                Notice::Accepted { port, .. } => tracing::warn!(port, "guest connected to an unknown port"),
+                Notice::Ended(ended) => self.ended(ended.as_ref()),
+            }
+        }
+    }
+
+    async fn control(self: Arc<Self>, stream: tokio::net::UnixStream) {
+        if !self.agent.is_free().await {
+            tracing::warn!("a second control connection of the guest is refused");
+            return;
+        }
+        let hostname = &self.identity.id[..self.identity.id.len().min(63)];
+        if let Err(error) = self.agent.connect(stream, &self.agent_version, hostname).await {
+            let why = chain(&error);
+            tracing::error!(error = why, "guest agent is refused");
+            self.agent.down(&why);
+            self.end_vm().await;
+            return;
+        }
+        tracing::info!(at_ms = self.elapsed_ms(), "sandbox is ready");
+        let sandbox = self.clone();
+        if let Err(error) = self.agent.events(move |event| sandbox.clone().event(event)).await
+            && !self.ending.load(Ordering::Relaxed)
+        {
+            tracing::warn!(error = chain(&error), "guest agent's events ended");
+        }
+        self.agent.lost();
+    }
+
+    /// What the guest says of its processes. A container or process that is not known is a lie or late, and no harm.
+    fn event(self: Arc<Self>, event: Event) {
+        match event.kind {
+            Some(event::Kind::Exit(exit)) => {
+                let found = self
+                    .container(&exit.container_id)
+                    .and_then(|container| Ok((container.process(&exit.exec_id)?, container)));
+                match found {
+                    Ok((process, container)) => {
+                        // The guest's clock is the guest's word; the difference is what the message took.
+                        tokio::spawn(self.exited(container, process, Exit::now(exit.status & 0xff)));
+                    }
+                    Err(_) => self.early_exit(&exit.container_id, exit.status & 0xff),
+                }
+            }
+            Some(event::Kind::Oom(oom)) => match self.container(&oom.container_id) {
+                Ok(container) => {
+                    let mut event = TaskOOM::new();
+                    event.set_container_id(container.id.clone());
+                    self.publisher.publish("/tasks/oom", Box::new(event));
+                }
+                Err(_) => tracing::warn!("guest reports a lack of memory in an unknown container"),
+            },
+            Some(_) | None => tracing::warn!("guest sent an unknown event"),
+        }
+    }
+
+    fn early_exit(&self, container: &str, status: u32) {
+        tracing::warn!(container = agent::bounded(container), status, "guest reports the end of an unknown process");
+    }
+
+    /// A process has ended: pass its output on, then tell everybody, in order.
+    async fn exited(self: Arc<Self>, container: Arc<Container>, process: Arc<Process>, exit: Exit) {
+        if !process.drain(self.drain_deadline()).await {
+            tracing::info!(container = container.id, exec = process.exec_id, "something still holds its output open");
+        }
+        if process.exec_id.is_empty() {
+            let reaped = async {
+                for exec in container.running_execs() {
+                    exec.wait().await;
+                }
+            };
+            if tokio::time::timeout(REAP_DEADLINE, reaped).await.is_err() {
+                tracing::warn!(container = container.id, "an exec process outlives its container's init");
+            }
+        }
+        let transition = process.transition.lock().await;
+        if process.set_stopped(exit) {
+            self.publish_exit(&container, &process, exit);
+        }
+        drop(transition);
+    }
+
+    fn publish_exit(&self, container: &Container, process: &Process, exit: Exit) {
+        let mut event = TaskExit::new();
+        event.set_container_id(container.id.clone());
+        event.set_id(if process.exec_id.is_empty() { container.id.clone() } else { process.exec_id.clone() });
+        event.set_pid(container.pid);
+        event.set_exit_status(exit.status);
+        event.set_exited_at(exit.timestamp());
+        self.publisher.publish("/tasks/exit", Box::new(event));
+    }
+
+    /// The VM has ended, and with it every process.
+    fn ended(self: &Arc<Self>, ended: Option<&Ended>) {
+        let why = match ended {
+            None => "the vmm process died; the host's log says why (out of memory, killed)".to_owned(),
+            Some(ended) if ended.console.is_empty() => ended.message.clone(),
+            Some(ended) => format!("{}; guest console: {}", ended.message, ended.console.trim()),
+        };
+        match ended.map(|ended| ended.cause) {
+            _ if self.ending.load(Ordering::Relaxed) => tracing::debug!("vm has ended"),
+            Some(Cause::Killed | Cause::Shutdown) => tracing::info!(why, "vm has ended"),
+            cause => tracing::error!(?cause, why, "vm has ended"),
+        }
+        self.agent.down(&why);
+        let containers: Vec<_> = self.containers().values().flatten().cloned().collect();
+        for container in containers {
+            for process in container.processes() {
+                // What was never started has no end.
+                if process.state() == State::Created && !process.exec_id.is_empty() {
+                    continue;
+                }
+                tokio::spawn(self.clone().exited(container.clone(), process, Exit::now(KILLED)));
+            }
+        }
+    }
+
+    /// Ends the VM, and waits until nothing of it is left.
+    pub async fn end_vm(&self) {
+        self.ending.store(true, Ordering::Relaxed);
+        if let Err(error) = self.vmm.end().await {
+            // The journal has it still.
+            tracing::error!(%error, "end vmm");
+        }
+    }
+
+    /// Ends the VM, and takes away everything that the sandbox owns.
+    pub async fn destroy(&self) {
+        self.end_vm().await;
+        let mut bundles = Vec::new();
+        if let Err(error) = Journal::unwind(self.journal.path(), |bundle| bundles.push(bundle.to_owned())) {
+            tracing::error!(error = chain(&error), "clean up");
+        }
+        for bundle in bundles {
+            hooks::poststop(&bundle).await;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn spec(resources: &serde_json::Value) -> Spec {
+        serde_json::from_value(json!({
+            "ociVersion": "1.2.0", "root": { "path": "rootfs" }, "linux": { "resources": resources },
+        }))
+        .unwrap()
+    }
+
+    #[test]
+    fn a_vm_is_as_large_as_its_limits_and_its_base() {
+        let mut config = Config::default();
+        config.vm.max_vcpus = 8;
+        config.vm.max_memory_mib = 4096;
+        assert_eq!(size(&config, &spec(&json!({}))), (1, 1024));
+        let limited = json!({ "cpu": { "quota": 250_000, "period": 100_000 }, "memory": { "limit": 67_108_865 } });
+        assert_eq!(size(&config, &spec(&limited)), (3, 65 + 128));
+        let huge = json!({ "cpu": { "quota": 99_000_000 }, "memory": { "limit": 1_u64 << 50 } });
+        assert_eq!(size(&config, &spec(&huge)), (8, 4096));
+    }
+}

@@ -1,0 +1,456 @@
+//! The OCI spec, from the host's view to the guest's.
+//!
+//! [`plan`] is pure: it says what is to be shared and which hooks run where, and leaves doing it to others. What cannot
+//! be kept across the VM's boundary is either meaningless in a VM (then it is listed in [`Plan::dropped`], which is
+//! logged), or an error that names the field: nothing is dropped silently.
+
+use std::{
+    collections::HashMap,
+    fs,
+    os::unix::fs::FileTypeExt,
+    path::{Path, PathBuf},
+};
+
+use oci_spec::runtime::{
+    Hook, Hooks, Linux, LinuxDeviceType, LinuxNamespaceType, LinuxResources, Mount, Process, Spec,
+};
+use vz_proto::{NETNS_PATH, SHARE_PATH};
+
+/// Character devices that the guest has of its own, under the same name and number as every Linux host.
+const GUEST_DEVICES: [&str; 10] = [
+    "/dev/null",
+    "/dev/zero",
+    "/dev/full",
+    "/dev/random",
+    "/dev/urandom",
+    "/dev/tty",
+    "/dev/ptmx",
+    "/dev/console",
+    "/dev/fuse",
+    "/dev/kmsg",
+];
+
+/// What there is to do for a container.
+#[derive(Debug)]
+pub struct Plan {
+    /// The spec that the guest gets.
+    pub guest: Spec,
+    /// What the host shares with the guest, besides the root file system.
+    pub binds: Vec<Bind>,
+    /// Hooks that run on the host.
+    pub hooks: Hooks,
+    /// Fields that have no meaning in a VM, for the log.
+    pub dropped: Vec<String>,
+}
+
+/// A host file or directory that the guest sees below the share.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Bind {
+    /// The host's path.
+    pub source: PathBuf,
+    /// Path below the share.
+    pub name: PathBuf,
+    /// Not writable for the guest.
+    pub readonly: bool,
+    /// With all that is mounted below.
+    pub recursive: bool,
+}
+
+/// Why a spec cannot be run in a VM. Each names the field, and says what to do.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Error {
+    /// A part that every Linux container has is missing.
+    #[error("config.json has no {0}")]
+    Missing(&'static str),
+    /// Something that only works on the host itself.
+    #[error("{field}: {why}")]
+    Unsupported {
+        /// The spec's field, with its value.
+        field: String,
+        /// Why not, and what to use.
+        why: &'static str,
+    },
+    /// A bind mount's source does not exist.
+    #[error("mounts: bind source {source_path} for {destination}: {reason}")]
+    Source {
+        /// The host's path.
+        source_path: PathBuf,
+        /// Where the container would see it.
+        destination: PathBuf,
+        /// What stat(2) said.
+        reason: String,
+    },
+}
+
+/// The directory of a container below the share.
+pub fn share_name(container: &str) -> PathBuf {
+    PathBuf::from(container)
+}
+
+/// The root file system of a container below the share.
+pub fn rootfs_name(container: &str) -> PathBuf {
+    share_name(container).join("rootfs")
+}
+
+/// Makes the guest's spec for `container` out of the host's.
+pub fn plan(mut spec: Spec, container: &str) -> Result<Plan, Error> {
+    let mut dropped = Vec::new();
+    refuse_foreign(&spec)?;
+    let process = spec.process_mut().as_mut().ok_or(Error::Missing("process"))?;
+    guest_process(process, &mut dropped);
+    let mut binds = Vec::new();
+    if let Some(mounts) = spec.mounts_mut() {
+        for (index, mount) in mounts.iter_mut().enumerate() {
+            if let Some(bind) = guest_mount(mount, container, index, &mut dropped)? {
+                binds.push(bind);
+            }
+        }
+    }
+    let root = spec.root_mut().as_mut().ok_or(Error::Missing("root"))?;
+    root.set_path(Path::new(SHARE_PATH).join(rootfs_name(container)));
+    let linux = spec.linux_mut().as_mut().ok_or(Error::Missing("linux"))?;
+    guest_linux(linux, container, &mut dropped)?;
+    let hooks = split_hooks(&mut spec);
+    Ok(Plan { guest: spec, binds, hooks, dropped })
+}
+
+/// Makes the guest's form of a process that is started in a running container.
+pub fn exec_process(mut process: Process) -> Process {
+    guest_process(&mut process, &mut Vec::new());
+    process
+}
+
+fn refuse_foreign(spec: &Spec) -> Result<(), Error> {
+    let foreign = [
+        ("windows", spec.windows().is_some()),
+        ("solaris", spec.solaris().is_some()),
+        ("vm", spec.vm().is_some()),
+        ("zos", spec.zos().is_some()),
+    ];
+    for (field, set) in foreign {
+        if set {
+            return Err(unsupported(field, "only Linux containers can be run"));
+        }
+    }
+    Ok(())
+}
+
+fn unsupported(field: impl Into<String>, why: &'static str) -> Error {
+    Error::Unsupported { field: field.into(), why }
+}
+
+/// Host security modules know nothing of what runs in the guest; the VM is the boundary.
+fn guest_process(process: &mut Process, dropped: &mut Vec<String>) {
+    if let Some(profile) = process.apparmor_profile().clone().filter(|p| !p.is_empty()) {
+        dropped.push(format!("process.apparmorProfile={profile}"));
+    }
+    if let Some(label) = process.selinux_label().clone().filter(|l| !l.is_empty()) {
+        dropped.push(format!("process.selinuxLabel={label}"));
+    }
+    process.set_apparmor_profile(None);
+    process.set_selinux_label(None);
+}
+
+fn guest_mount(
+    mount: &mut Mount,
+    container: &str,
+    index: usize,
+    dropped: &mut Vec<String>,
+) -> Result<Option<Bind>, Error> {
+    let options = mount.options().clone().unwrap_or_default();
+    let has = |name: &str| options.iter().any(|option| option == name);
+    let is_bind = mount.typ().as_deref() == Some("bind") || has("bind") || has("rbind");
+    if !is_bind {
+        return Ok(None);
+    }
+    let destination = mount.destination().clone();
+    let source = mount.source().clone().ok_or(Error::Missing("source of a bind mount"))?;
+    if destination == Path::new("/dev/shm") {
+        // Shared memory cannot be shared across a VM's boundary: the container gets a tmpfs of the guest.
+        dropped.push(format!("mounts: {} for /dev/shm, which is a tmpfs of the guest", source.display()));
+        mount.set_typ(Some("tmpfs".into())).set_source(Some("shm".into()));
+        let options = ["nosuid", "noexec", "nodev", "mode=1777", "size=65536k"];
+        mount.set_options(Some(options.map(String::from).into()));
+        return Ok(None);
+    }
+    if ["/proc", "/sys", "/dev/mqueue", "/dev/pts"].iter().any(|kernel| source.starts_with(kernel)) {
+        // The guest has these of its own; the host's would tell the container about the host.
+        dropped.push(format!("mounts: {} is the guest's own", source.display()));
+        return Ok(None);
+    }
+    let kind = fs::metadata(&source).map_err(|e| Error::Source {
+        source_path: source.clone(),
+        destination: destination.clone(),
+        reason: e.to_string(),
+    })?;
+    let kind = kind.file_type();
+    if kind.is_char_device() || kind.is_block_device() {
+        if GUEST_DEVICES.iter().any(|device| source == Path::new(device)) {
+            return Ok(None);
+        }
+        return Err(unsupported(
+            format!("mounts: device {}", source.display()),
+            "a host device cannot be mounted into a VM",
+        ));
+    }
+    let name = share_name(container).join(format!("mount{index}"));
+    mount.set_source(Some(Path::new(SHARE_PATH).join(&name)));
+    let readonly = has("ro") || has("rro");
+    let recursive = has("rbind") || has("rro") || !has("bind");
+    // Mapped ownership is done where the files are, and virtiofs has no idmapped mounts in the guest.
+    if mount.uid_mappings().is_some() || mount.gid_mappings().is_some() || has("idmap") || has("ridmap") {
+        return Err(unsupported(
+            format!("mounts: idmap of {}", destination.display()),
+            "id-mapped mounts are not supported; change the files' owner, or leave the user namespace out",
+        ));
+    }
+    Ok(Some(Bind { source, name, readonly, recursive }))
+}
+
+fn guest_linux(linux: &mut Linux, container: &str, dropped: &mut Vec<String>) -> Result<(), Error> {
+    let mut namespaces = linux.namespaces().clone().unwrap_or_default();
+    let mut has_network = false;
+    for namespace in &mut namespaces {
+        let path = namespace.path().clone().filter(|path| !path.as_os_str().is_empty());
+        match (namespace.typ(), path) {
+            (LinuxNamespaceType::Network, None) => {
+                has_network = true;
+                namespace.set_path(Some(NETNS_PATH.into()));
+            }
+            (LinuxNamespaceType::Network, Some(path)) => {
+                return Err(unsupported(
+                    format!("linux.namespaces: network {}", path.display()),
+                    "joining a network is not supported yet: run with `--net none`",
+                ));
+            }
+            (kind, Some(path)) => {
+                return Err(unsupported(
+                    format!("linux.namespaces: {kind} {}", path.display()),
+                    "a namespace of the host cannot be joined from a VM",
+                ));
+            }
+            (_, None) => {}
+        }
+    }
+    if !has_network {
+        return Err(unsupported(
+            "linux.namespaces: no network",
+            "the host's network cannot be shared with a VM: run with `--net none`",
+        ));
+    }
+    linux.set_namespaces(Some(namespaces));
+    linux.set_cgroups_path(Some(format!("/{container}").into()));
+    if let Some(label) = linux.mount_label().clone().filter(|l| !l.is_empty()) {
+        dropped.push(format!("linux.mountLabel={label}"));
+    }
+    linux.set_mount_label(None);
+    if linux.intel_rdt().is_some() {
+        return Err(unsupported("linux.intelRdt", "cache and memory bandwidth belong to the host"));
+    }
+    if linux.net_devices().as_ref().is_some_and(|devices| !devices.is_empty()) {
+        return Err(unsupported("linux.netDevices", "a host's network device cannot be moved into a VM"));
+    }
+    for device in linux.devices().iter().flatten() {
+        let known = GUEST_DEVICES.iter().any(|known| device.path() == Path::new(known));
+        if device.typ() != LinuxDeviceType::P && !known {
+            return Err(unsupported(
+                format!("linux.devices: {}", device.path().display()),
+                "host devices cannot be given to a VM yet: leave the device (or `--privileged`) out",
+            ));
+        }
+    }
+    let resources = linux.resources().clone().map(|resources| guest_resources(resources, dropped));
+    linux.set_resources(resources);
+    Ok(())
+}
+
+/// Leaves what limits the container within the VM, and takes out what is about the host's hardware.
+fn guest_resources(mut resources: LinuxResources, dropped: &mut Vec<String>) -> LinuxResources {
+    if let Some(cpu) = resources.cpu_mut() {
+        for (name, value) in [("cpus", cpu.cpus().clone()), ("mems", cpu.mems().clone())] {
+            if let Some(value) = value.filter(|value| !value.is_empty()) {
+                dropped.push(format!("linux.resources.cpu.{name}={value}"));
+            }
+        }
+        cpu.set_cpus(None).set_mems(None);
+        if cpu.realtime_runtime().is_some_and(|n| n != 0) || cpu.realtime_period().is_some_and(|n| n != 0) {
+            dropped.push("linux.resources.cpu.realtime*, which cgroup v2 does not have".into());
+        }
+        cpu.set_realtime_runtime(None).set_realtime_period(None);
+    }
+    if let Some(memory) = resources.memory_mut() {
+        // The guest has no swap: the memory limit is the limit of both.
+        memory.set_swap(None);
+        if memory.swappiness().is_some() || memory.kernel().is_some() || memory.kernel_tcp().is_some() {
+            dropped.push("linux.resources.memory.{swappiness,kernel,kernelTCP}, which cgroup v2 does not have".into());
+        }
+        if memory.disable_oom_killer() == Some(true) {
+            dropped.push("linux.resources.memory.disableOOMKiller, which cgroup v2 does not have".into());
+        }
+        memory.set_swappiness(None).set_kernel(None).set_kernel_tcp(None).set_disable_oom_killer(None);
+    }
+    if resources.block_io().is_some() {
+        dropped.push("linux.resources.blockIO, which is about the host's disks".into());
+        resources.set_block_io(None);
+    }
+    if resources.network().is_some() {
+        dropped.push("linux.resources.network, which cgroup v2 does not have".into());
+        resources.set_network(None);
+    }
+    resources
+}
+
+/// Leaves the hooks that run in the container's namespaces to the guest, and returns the others.
+fn split_hooks(spec: &mut Spec) -> Hooks {
+    let Some(mut hooks) = spec.hooks().clone() else { return Hooks::default() };
+    let mut guest = Hooks::default();
+    guest.set_create_container(hooks.create_container().clone());
+    guest.set_start_container(hooks.start_container().clone());
+    let any = |list: &Option<Vec<Hook>>| list.as_ref().is_some_and(|list| !list.is_empty());
+    let needed = any(guest.create_container()) || any(guest.start_container());
+    spec.set_hooks(needed.then_some(guest));
+    hooks.set_create_container(None).set_start_container(None);
+    hooks
+}
+
+/// What the VM must have for a container with these resources: CPUs and bytes, where limited.
+pub fn limits(spec: &Spec) -> (Option<u32>, Option<u64>) {
+    let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
+    let cpus = resources.and_then(|r| r.cpu().as_ref()).and_then(|cpu| {
+        let quota = u64::try_from(cpu.quota()?).ok().filter(|quota| *quota > 0)?;
+        let period = cpu.period().filter(|period| *period > 0).unwrap_or(100_000);
+        u32::try_from(quota.div_ceil(period)).ok()
+    });
+    let memory = resources
+        .and_then(|r| r.memory().as_ref())
+        .and_then(|memory| u64::try_from(memory.limit()?).ok())
+        .filter(|limit| *limit > 0 && *limit < 1 << 62);
+    (cpus, memory)
+}
+
+/// The annotations of a spec.
+pub fn annotations(spec: &Spec) -> HashMap<String, String> {
+    spec.annotations().clone().unwrap_or_default()
+}
+
+/// Refuses a container that a client would connect to a network.
+///
+/// nerdctl says so in an annotation before its hook makes the network.
+pub fn refuse_network(annotations: &HashMap<String, String>) -> Result<(), Error> {
+    let Some(networks) = annotations.get("nerdctl/networks") else { return Ok(()) };
+    let names: Vec<String> = serde_json::from_str(networks).unwrap_or_else(|_| vec![networks.clone()]);
+    match names.iter().find(|name| *name != "none") {
+        None => Ok(()),
+        Some(name) => {
+            Err(unsupported(format!("network {name:?}"), "networks are not supported yet: run with `--net none`"))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn spec(change: impl FnOnce(&mut Value)) -> Spec {
+        let mut value = json!({
+            "ociVersion": "1.2.0",
+            "process": { "user": { "uid": 0, "gid": 0 }, "args": ["sh"], "cwd": "/", "apparmorProfile": "docker-default" },
+            "root": { "path": "rootfs" },
+            "mounts": [{ "destination": "/proc", "type": "proc", "source": "proc" }],
+            "linux": { "namespaces": [{ "type": "pid" }, { "type": "network" }], "cgroupsPath": "a.slice:b:c" },
+        });
+        change(&mut value);
+        serde_json::from_value(value).unwrap()
+    }
+
+    fn guest(spec: Spec) -> Value {
+        serde_json::to_value(plan(spec, "c1").unwrap().guest).unwrap()
+    }
+
+    #[test]
+    fn paths_become_the_guests() {
+        let guest = guest(spec(|_| ()));
+        assert_eq!(guest["root"]["path"], "/run/vz/share/c1/rootfs");
+        assert_eq!(guest["linux"]["cgroupsPath"], "/c1");
+        assert_eq!(guest["linux"]["namespaces"][1]["path"], NETNS_PATH);
+        assert_eq!(guest["process"].get("apparmorProfile"), None);
+        assert_eq!(guest["mounts"][0]["source"], "proc");
+    }
+
+    #[test]
+    fn a_bind_is_shared_once_and_found_below_the_share() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().to_str().unwrap().to_owned();
+        let plan = plan(
+            spec(|s| {
+                s["mounts"][0] =
+                    json!({ "destination": "/v", "type": "bind", "source": path, "options": ["rbind", "ro"] });
+            }),
+            "c1",
+        )
+        .unwrap();
+        let wanted = Bind { source: dir.path().into(), name: "c1/mount0".into(), readonly: true, recursive: true };
+        assert_eq!(plan.binds, [wanted]);
+        let mount = &plan.guest.mounts().as_ref().unwrap()[0];
+        assert_eq!(mount.source().as_deref(), Some(Path::new("/run/vz/share/c1/mount0")));
+    }
+
+    #[test]
+    fn a_missing_source_and_a_host_device_are_named() {
+        let bind = |source: &str| {
+            let s = json!({ "destination": "/v", "type": "bind", "source": source, "options": ["bind"] });
+            plan(spec(|v| v["mounts"][0] = s), "c1").unwrap_err().to_string()
+        };
+        assert!(bind("/nowhere/at/all").contains("/nowhere/at/all"));
+        let device = json!({ "path": "/dev/sda", "type": "b", "major": 8, "minor": 0 });
+        let error = plan(spec(|v| v["linux"]["devices"] = json!([device])), "c1").unwrap_err().to_string();
+        assert!(error.contains("/dev/sda"), "{error}");
+    }
+
+    #[test]
+    fn networks_of_the_host_are_refused_by_name() {
+        let with =
+            |namespaces: Value| plan(spec(|v| v["linux"]["namespaces"] = namespaces), "c1").unwrap_err().to_string();
+        assert!(with(json!([{ "type": "pid" }])).contains("--net none"));
+        assert!(with(json!([{ "type": "network", "path": "/run/netns/x" }])).contains("/run/netns/x"));
+        let set = |value: &str| refuse_network(&HashMap::from([("nerdctl/networks".to_owned(), value.to_owned())]));
+        assert!(set(r#"["none"]"#).is_ok());
+        assert!(set(r#"["bridge"]"#).unwrap_err().to_string().contains("bridge"));
+    }
+
+    #[test]
+    fn limits_of_the_hosts_hardware_are_taken_out_and_said() {
+        let plan = plan(
+            spec(|v| {
+                v["linux"]["resources"] = json!({
+                    "cpu": { "cpus": "3", "quota": 150_000, "period": 100_000 },
+                    "memory": { "limit": 67_108_864, "swap": 67_108_864, "swappiness": 10 },
+                    "pids": { "limit": 5 }, "blockIO": { "weight": 10 },
+                });
+            }),
+            "c1",
+        )
+        .unwrap();
+        assert_eq!(limits(&plan.guest), (Some(2), Some(67_108_864)));
+        assert_eq!(plan.dropped.len(), 4, "{:?}", plan.dropped);
+        let guest = serde_json::to_value(plan.guest).unwrap();
+        assert_eq!(guest["linux"]["resources"]["memory"], json!({ "limit": 67_108_864 }));
+        assert_eq!(guest["linux"]["resources"]["pids"]["limit"], 5);
+    }
+
+    #[test]
+    fn hooks_are_split_between_host_and_guest() {
+        let hook = json!([{ "path": "/bin/true" }]);
+        let plan = plan(
+            spec(|v| v["hooks"] = json!({ "createRuntime": hook, "poststop": hook, "startContainer": hook })),
+            "c1",
+        )
+        .unwrap();
+        assert!(plan.hooks.create_runtime().is_some() && plan.hooks.poststop().is_some());
+        assert!(plan.hooks.start_container().is_none());
+        let guest = serde_json::to_value(plan.guest).unwrap();
+        assert_eq!(guest["hooks"], json!({ "startContainer": hook }));
+    }
+}

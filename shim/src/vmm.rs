@@ -1,0 +1,244 @@
+//! The sandbox's vmm process, as the shim sees it: started, asked, and outlived.
+
+use std::{
+    collections::HashMap,
+    env,
+    ffi::CString,
+    fs::{File, OpenOptions},
+    io,
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::net::UnixStream as StdUnixStream,
+    },
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use nix::{sched::CloneFlags, sys::signal::Signal};
+use tokio::{
+    io::unix::AsyncFd,
+    net::UnixStream,
+    sync::{mpsc, oneshot},
+};
+use vz_machine::control::{self, BootConfig, CONTROL_FD, Ended, Event, MachineKind, Request};
+use vz_sys::{channel::Channel, process::Command, process::Process};
+
+/// Guest-made connections that wait to be taken up.
+const ACCEPTED_QUEUE: usize = 16;
+
+/// Why the vmm could not be used.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The process could not be started.
+    #[error("start vmm process")]
+    Spawn(#[source] io::Error),
+    /// It does not answer any more.
+    #[error("vmm process is gone")]
+    Gone,
+    /// A message could not be sent.
+    #[error("send request to vmm")]
+    Send(#[source] io::Error),
+    /// A connection to the guest was refused.
+    #[error("connect to guest port {port}: {reason}")]
+    Dial {
+        /// The port.
+        port: u32,
+        /// What the vmm said.
+        reason: String,
+    },
+    /// The passed descriptor is unusable.
+    #[error("use connection from vmm")]
+    Connection(#[source] io::Error),
+}
+
+/// What the sandbox is told.
+#[derive(Debug)]
+pub enum Notice {
+    /// The VM runs.
+    Launched {
+        /// On which machine.
+        machine: MachineKind,
+        /// CPU time of the vmm until then.
+        cpu_us: u64,
+    },
+    /// The guest connected to a port of ours.
+    Accepted {
+        /// The port.
+        port: u32,
+        /// The connection.
+        stream: UnixStream,
+    },
+    /// The VM has ended; the last one.
+    Ended(Option<Ended>),
+}
+
+/// A started vmm process, before there is a runtime to listen to it.
+#[derive(Debug)]
+pub struct Started {
+    channel: Channel,
+    process: Process,
+}
+
+/// A vmm process that is listened to.
+#[derive(Debug)]
+pub struct Vmm {
+    channel: AsyncFd<Channel>,
+    process: AsyncFd<Process>,
+    dials: Mutex<HashMap<u64, oneshot::Sender<Result<OwnedFd, String>>>>,
+    next: AtomicU64,
+}
+
+/// Starts the vmm process, with log lines to `stderr`, and tells it to boot. Call it from the main thread, which the process does not outlive.
+pub fn start(config: BootConfig, stderr: Option<&File>) -> Result<Started, Error> {
+    let (ours, theirs) = Channel::pair().map_err(Error::Spawn)?;
+    let null = OpenOptions::new().read(true).write(true).open("/dev/null").map_err(Error::Spawn)?;
+    let stderr = stderr.unwrap_or(&null);
+    let mut environment = Vec::new();
+    for name in ["PATH", "RUST_BACKTRACE"] {
+        if let Some(value) = env::var_os(name) {
+            let pair = [name.as_bytes(), b"=", value.as_encoded_bytes()].concat();
+            environment.push(CString::new(pair).map_err(|e| Error::Spawn(e.into()))?);
+        }
+    }
+    let process = Command {
+        program: c"/proc/self/exe".into(),
+        args: vec![c"containerd-shim-vz-v2".into(), c"vmm".into()],
+        env: environment,
+        fds: vec![(null.as_fd(), 0), (null.as_fd(), 1), (stderr.as_fd(), 2), (theirs.as_fd(), CONTROL_FD)],
+        namespaces: CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWPID | CloneFlags::CLONE_NEWIPC,
+        outlives_parent: false,
+    }
+    .spawn()
+    .map_err(Error::Spawn)?;
+    drop(theirs);
+    control::send(&ours, &Request::Boot(Box::new(config)), &[]).map_err(Error::Send)?;
+    Ok(Started { channel: ours, process })
+}
+
+impl Started {
+    /// Its pid on the host.
+    pub fn pid(&self) -> i32 {
+        self.process.pid().as_raw()
+    }
+
+    /// Makes it usable in the current tokio runtime.
+    pub fn listen(self) -> Result<Vmm, Error> {
+        self.channel.set_nonblocking(true).map_err(Error::Connection)?;
+        Ok(Vmm {
+            channel: crate::fd::watch(self.channel).map_err(Error::Connection)?,
+            process: crate::fd::watch(self.process).map_err(Error::Connection)?,
+            dials: Mutex::default(),
+            next: AtomicU64::default(),
+        })
+    }
+}
+
+impl Vmm {
+    /// Connects to a port of the guest.
+    pub async fn dial(&self, port: u32) -> Result<UnixStream, Error> {
+        let id = self.next.fetch_add(1, Ordering::Relaxed);
+        let (answer, answered) = oneshot::channel();
+        self.dials().insert(id, answer);
+        self.send(&Request::Dial { id, port }).await?;
+        let fd = answered.await.map_err(|_| Error::Gone)?.map_err(|reason| Error::Dial { port, reason })?;
+        stream(fd)
+    }
+
+    /// Ends the VM and waits until its process, and with it everything in its pid namespace, is gone.
+    pub async fn end(&self) -> io::Result<()> {
+        self.process.get_ref().kill(Signal::SIGKILL)?;
+        self.process.readable().await?.retain_ready();
+        // Reaped once only: a second caller finds no child any more.
+        match self.process.get_ref().try_wait() {
+            Err(e) if e.raw_os_error() == Some(libc::ECHILD) => Ok(()),
+            other => other.map(drop),
+        }
+    }
+
+    async fn send(&self, request: &Request) -> Result<(), Error> {
+        let bytes = control::encode(request).map_err(Error::Send)?;
+        loop {
+            let mut ready = self.channel.writable().await.map_err(Error::Send)?;
+            match ready.try_io(|channel| channel.get_ref().send(&bytes, &[])) {
+                Ok(Ok(())) => return Ok(()),
+                Ok(Err(e)) if e.kind() == io::ErrorKind::BrokenPipe => return Err(Error::Gone),
+                Ok(Err(e)) => return Err(Error::Send(e)),
+                Err(_) => {}
+            }
+        }
+    }
+
+    /// Hands on what the vmm says until it has ended; [`Notice::Ended`] is always the last.
+    pub async fn run(&self, notices: mpsc::Sender<Notice>) {
+        let ended = loop {
+            match self.receive().await {
+                Ok(Some((Event::Ended(ended), _))) => break Some(ended),
+                Ok(Some((event, fds))) => {
+                    if let Some(notice) = self.dispatch(event, fds)
+                        && notices.send(notice).await.is_err()
+                    {
+                        break None;
+                    }
+                }
+                Ok(None) => break None,
+                Err(error) => {
+                    tracing::error!(%error, "vmm channel");
+                    break None;
+                }
+            }
+        };
+        self.dials().clear();
+        // Nobody listens any more only where the sandbox is being taken down.
+        drop(notices.send(Notice::Ended(ended)).await);
+    }
+
+    async fn receive(&self) -> io::Result<Option<(Event, Vec<OwnedFd>)>> {
+        loop {
+            let mut ready = self.channel.readable().await?;
+            if let Ok(received) = ready.try_io(|channel| channel.get_ref().recv()) {
+                let Some(message) = received? else { return Ok(None) };
+                return Ok(Some((control::decode(&message.bytes)?, message.fds)));
+            }
+        }
+    }
+
+    fn dispatch(&self, event: Event, fds: Vec<OwnedFd>) -> Option<Notice> {
+        let fd = fds.into_iter().next();
+        match event {
+            Event::Launched { machine, cpu_us, .. } => Some(Notice::Launched { machine, cpu_us }),
+            Event::Dialed { id, error } => {
+                let answer = self.dials().remove(&id)?;
+                let result = fd.ok_or_else(|| error.unwrap_or_else(|| "no connection was passed".into()));
+                // A caller that gave up needs no answer.
+                drop(answer.send(result));
+                None
+            }
+            Event::Accepted { port } => match fd.map(stream) {
+                Some(Ok(stream)) => Some(Notice::Accepted { port, stream }),
+                Some(Err(error)) => {
+                    tracing::error!(%error, port, "guest connection");
+                    None
+                }
+                None => None,
+            },
+            Event::Ended(ended) => Some(Notice::Ended(Some(ended))),
+        }
+    }
+
+    fn dials(&self) -> MutexGuard<'_, HashMap<u64, oneshot::Sender<Result<OwnedFd, String>>>> {
+        self.dials.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A channel for [`Vmm::run`].
+pub fn notices() -> (mpsc::Sender<Notice>, mpsc::Receiver<Notice>) {
+    mpsc::channel(ACCEPTED_QUEUE)
+}
+
+fn stream(fd: OwnedFd) -> Result<UnixStream, Error> {
+    let stream = StdUnixStream::from(fd);
+    stream.set_nonblocking(true).map_err(Error::Connection)?;
+    UnixStream::from_std(stream).map_err(Error::Connection)
+}
