@@ -116,12 +116,7 @@ impl Reports {
 
     async fn send(&self, bytes: &[u8], fds: &[OwnedFd]) -> io::Result<()> {
         let borrowed: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
-        loop {
-            match self.channel.get_ref().send(bytes, &borrowed) {
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => self.channel.writable().await?.clear_ready(),
-                sent => return sent,
-            }
-        }
+        self.channel.async_io(tokio::io::Interest::WRITABLE, |channel| channel.send(bytes, &borrowed)).await
     }
 }
 

@@ -16,7 +16,10 @@ use nix::{
     sys::socket::{Shutdown, shutdown},
     unistd::{read, write},
 };
-use tokio::{io::unix::AsyncFd, sync::watch};
+use tokio::{
+    io::{Interest, unix::AsyncFd},
+    sync::watch,
+};
 
 use super::{link::Link, readiness, state::Terminal};
 use crate::protocol::{Key, Request, Stream};
@@ -124,24 +127,42 @@ async fn copy(
             Ok(0) => return Ok(()),
             Ok(_) => tokio::task::consume_budget().await,
             Err(Errno::EINTR) => {}
-            // Either side may be meant.
-            Err(Errno::EAGAIN) if is_readable(from)? => to.writable().await?.clear_ready(),
-            Err(Errno::EAGAIN) if closing => return Ok(()),
-            Err(Errno::EAGAIN) => match &mut close {
-                None => from.readable().await?.clear_ready(),
-                Some(close) => tokio::select! {
-                    ready = from.readable() => ready?.clear_ready(),
-                    // The sender lives as long as the process is known.
-                    _ = close.wait_for(|close| *close) => closing = true,
-                },
-            },
+            // Either side may be meant, so both are waited for.
+            Err(Errno::EAGAIN) => {
+                until_ready(to, Interest::WRITABLE).await?;
+                match &mut close {
+                    Some(_) if closing && !is_ready(from, PollFlags::POLLIN)? => return Ok(()),
+                    Some(close) if !closing => tokio::select! {
+                        ready = until_ready(from, Interest::READABLE) => ready?,
+                        // The sender lives as long as the process is known.
+                        _ = close.wait_for(|close| *close) => closing = true,
+                    },
+                    _ => until_ready(from, Interest::READABLE).await?,
+                }
+            }
             Err(e) => return Err(e.into()),
         }
     }
 }
 
-fn is_readable(fd: &AsyncFd<OwnedFd>) -> io::Result<bool> {
-    let mut fds = [PollFd::new(fd.as_fd(), PollFlags::POLLIN)];
+/// Waits until the descriptor can be read or written.
+///
+/// What is remembered of it is forgotten only where a look that came after has shown it wrong: a full pipe that is
+/// emptied says so once, and one that was never full says nothing, so a readiness that is forgotten for no reason never
+/// comes back.
+async fn until_ready(fd: &AsyncFd<OwnedFd>, interest: Interest) -> io::Result<()> {
+    let events = if interest.is_writable() { PollFlags::POLLOUT } else { PollFlags::POLLIN };
+    loop {
+        let mut remembered = fd.ready(interest).await?;
+        if is_ready(fd, events)? {
+            return Ok(());
+        }
+        remembered.clear_ready();
+    }
+}
+
+fn is_ready(fd: &AsyncFd<OwnedFd>, events: PollFlags) -> io::Result<bool> {
+    let mut fds = [PollFd::new(fd.as_fd(), events)];
     Ok(poll(&mut fds, PollTimeout::ZERO)? > 0)
 }
 
@@ -155,11 +176,10 @@ async fn shuttle(from: &AsyncFd<OwnedFd>, to: &AsyncFd<OwnedFd>) -> io::Result<(
             return Ok(());
         }
         while !rest.is_empty() {
-            match write(to, rest) {
+            match to.async_io(Interest::WRITABLE, |to| Ok(write(to, rest)?)).await {
                 Ok(n) => rest = rest.get(n..).unwrap_or_default(),
-                Err(Errno::EINTR) => {}
-                Err(Errno::EAGAIN) => to.writable().await?.clear_ready(),
-                Err(e) => return Err(e.into()),
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(e),
             }
         }
     }
@@ -167,13 +187,12 @@ async fn shuttle(from: &AsyncFd<OwnedFd>, to: &AsyncFd<OwnedFd>) -> io::Result<(
 
 async fn read_some(from: &AsyncFd<OwnedFd>, buffer: &mut [u8]) -> io::Result<usize> {
     loop {
-        match read(from, buffer) {
-            Ok(n) => return Ok(n),
+        let end = from.async_io(Interest::READABLE, |from| Ok(read(from, buffer)?)).await;
+        match end {
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
             // A terminal whose other end nobody has open any more.
-            Err(Errno::EIO) => return Ok(0),
-            Err(Errno::EINTR) => {}
-            Err(Errno::EAGAIN) => from.readable().await?.clear_ready(),
-            Err(e) => return Err(e.into()),
+            Err(e) if e.raw_os_error() == Some(nix::libc::EIO) => return Ok(0),
+            end => return end,
         }
     }
 }
@@ -254,6 +273,27 @@ mod tests {
         let mut got = String::new();
         File::from(reader).read_to_string(&mut got).unwrap();
         assert_eq!(got, "typed");
+    }
+
+    /// Each byte arrives while the copy is about to sleep, and the pipe is never full.
+    #[tokio::test]
+    async fn single_bytes_keep_coming() {
+        let (link, _init) = link();
+        let (mut near, host) = UnixStream::pair().unwrap();
+        let (reader, process) = nix::unistd::pipe2(OFlag::O_CLOEXEC).unwrap();
+        let (_close, closing) = watch::channel(false);
+        let passed = tokio::task::spawn_blocking(move || {
+            let mut reader = File::from(reader);
+            for n in 0..20_000u32 {
+                let byte = n.to_le_bytes()[0];
+                near.write_all(&[byte]).unwrap();
+                let mut got = [0];
+                reader.read_exact(&mut got).unwrap();
+                assert_eq!(got, [byte]);
+            }
+        });
+        input(Ends { host: host.into(), process }, closing, link, key()).await;
+        passed.await.unwrap();
     }
 
     #[tokio::test]

@@ -141,8 +141,10 @@ fn the_pid_on_the_host_leads_to_the_rootfs(lab: &Lab) -> Verdict {
     let container = Container::start(lab, "pid", &[BUSYBOX, "sh", "-c", "echo here >/here; exec sleep 1000"]);
     let pid: i32 = container.inspect(".State.Pid").parse().expect("a pid is a number");
     let root = PathBuf::from(format!("/proc/{pid}/root"));
-    until("the container's file", std::time::Duration::from_secs(10), || root.join("here").exists().then_some(()));
-    assert_eq!(fs::read_to_string(root.join("here")).expect("read through the pid"), "here\n");
+    // The shell makes the file first, and writes it then.
+    until("the container's file", std::time::Duration::from_secs(10), || {
+        (fs::read_to_string(root.join("here")).ok()? == "here\n").then_some(())
+    });
     let net = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/net")).expect("read a namespace's name");
     assert_ne!(net(&pid.to_string()), net("self"), "the network namespace is the host's");
     container.nerdctl("kill").ok();
