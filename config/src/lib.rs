@@ -27,6 +27,8 @@ pub enum Machine {
     /// The best that works on this host.
     #[default]
     Auto,
+    /// The built-in one, on KVM.
+    Kvm,
     /// QEMU's `microvm` under software emulation.
     Qemu,
 }

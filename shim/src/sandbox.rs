@@ -16,7 +16,7 @@ use oci_spec::runtime::Spec;
 use tokio::sync::{Notify, Semaphore, mpsc};
 use vz_config::Config;
 use vz_linux::Bundle;
-use vz_machine::control::{BootConfig, Cause, Ended};
+use vz_machine::control::{BootConfig, Cause, Ended, MachineChoice};
 use vz_proto::{CONTROL_PORT, Event, LOG_PORT, SHARE_TAG, event};
 
 use crate::{
@@ -111,6 +111,12 @@ pub fn prepare(
     let (vcpus, memory_mib) = size(&config, &spec);
     let boot = BootConfig {
         sandbox: format!("{}/{}", identity.namespace, identity.id),
+        machine: match config.machine {
+            vz_config::Machine::Auto => MachineChoice::Auto,
+            vz_config::Machine::Kvm => MachineChoice::Kvm,
+            vz_config::Machine::Qemu => MachineChoice::Qemu,
+        },
+        nics: Vec::new(),
         vcpus,
         memory_mib,
         guest_bundle,

@@ -1,6 +1,6 @@
 //! Boots a guest the way the shim does, without the shim: for work on the vmm process.
 //!
-//!     boot [--bundle DIR] [--vcpus N] [--memory MIB] [--append ARGS] [--qemu PATH] [--deadline MS] [--bind DIR]
+//!     boot [--bundle DIR] [--vcpus N] [--memory MIB] [--append ARGS] [--machine kvm|qemu] [--qemu PATH] [--deadline MS] [--bind DIR]
 //!          [--stdin FILE] [--run COMMAND]... [--parallel N] [--wait]
 //!
 //! The guest's init must dial port 1024 and run, for each connection to its port 1026, the command in the first line
@@ -27,7 +27,7 @@ use nix::{
     sched::{CloneFlags, unshare},
 };
 use vz_machine::{
-    control::{self, BootConfig, CONTROL_FD, Event, Request},
+    control::{self, BootConfig, CONTROL_FD, Event, MachineChoice, Request},
     vmm,
 };
 use vz_sys::{channel::Channel, process::Command};
@@ -45,6 +45,8 @@ fn options(dir: &Path) -> Result<Options, Box<dyn Error>> {
     let mut options = Options {
         config: BootConfig {
             sandbox: "test/boot".into(),
+            machine: MachineChoice::Qemu,
+            nics: Vec::new(),
             vcpus: 1,
             memory_mib: 256,
             guest_bundle: "out/container".into(),
@@ -72,6 +74,7 @@ fn options(dir: &Path) -> Result<Options, Box<dyn Error>> {
             "--vcpus" => options.config.vcpus = value()?.parse()?,
             "--memory" => options.config.memory_mib = value()?.parse()?,
             "--append" => options.config.kernel_args = value()?,
+            "--machine" => options.config.machine = serde_json::from_value(value()?.into())?,
             "--qemu" => options.config.qemu = value()?.into(),
             "--deadline" => options.config.boot_deadline_ms = value()?.parse()?,
             "--level" => options.config.log_level = value()?,

@@ -90,8 +90,33 @@ pub enum Cause {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum MachineKind {
+    /// Our own, on KVM.
+    Kvm,
     /// QEMU's `microvm`, software emulation.
     Qemu,
+}
+
+/// Which machine is wanted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum MachineChoice {
+    /// The best that works on this host.
+    #[default]
+    Auto,
+    /// [`MachineKind::Kvm`] or nothing.
+    Kvm,
+    /// [`MachineKind::Qemu`] or nothing.
+    Qemu,
+}
+
+/// A network card of the guest. Its tap descriptors, one for each queue pair, come with [`Request::Boot`], those of all cards
+/// in the order of [`BootConfig::nics`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Nic {
+    /// The address that the guest's driver finds; the agent may set another.
+    pub mac: [u8; 6],
+    /// Queue pairs, at least 1.
+    pub queue_pairs: u16,
 }
 
 /// Everything that the vmm needs to know.
@@ -99,6 +124,10 @@ pub enum MachineKind {
 pub struct BootConfig {
     /// `namespace/id` of the sandbox, for log lines.
     pub sandbox: String,
+    /// Which machine to run on.
+    pub machine: MachineChoice,
+    /// Network cards.
+    pub nics: Vec<Nic>,
     /// Virtual CPUs.
     pub vcpus: u32,
     /// Guest memory in MiB.

@@ -10,8 +10,9 @@ mod devices;
 mod qemu;
 pub mod vmm;
 
-use control::{BootConfig, MachineKind};
+use control::{BootConfig, MachineChoice, MachineKind};
 use devices::Devices;
+use vmm::Alarm;
 
 /// A machine that runs a guest.
 ///
@@ -25,7 +26,7 @@ trait Machine: std::fmt::Debug + Send {
     /// Where the guest's console output comes from, and the machine's own words; each is handed out once.
     fn outputs(&mut self) -> Outputs;
     /// Connects the devices; from here on the guest runs.
-    fn serve(&mut self, devices: Devices, on_failure: vz_vhost::OnFailure) -> Result<(), LaunchError>;
+    fn serve(&mut self, devices: Devices, alarm: Alarm) -> Result<(), LaunchError>;
     /// Readable once the machine has ended.
     fn ended(&self) -> BorrowedFd<'_>;
     /// How it ended; waits for it.
@@ -63,16 +64,27 @@ enum LaunchError {
     Serve(#[from] vz_vhost::Error),
     #[error(transparent)]
     Share(#[from] vz_virtio::fs::ConfigError),
+    #[error("machine \"kvm\" is not part of this build: set machine = \"qemu\"")]
+    NoKvm,
+    #[error("{nics} network cards need {wanted} tap descriptors, got {found}")]
+    Taps { nics: usize, wanted: usize, found: usize },
     #[error("make vsock device")]
     Vsock(#[source] io::Error),
     #[error("sandbox needs at least one vCPU and some memory, not {vcpus} and {memory_mib} MiB")]
     Shape { vcpus: u32, memory_mib: u64 },
 }
 
-/// Starts the machine that the configuration asks for.
-fn launch(config: &BootConfig, bundle: &vz_linux::Bundle) -> Result<Box<dyn Machine>, LaunchError> {
+/// Starts the machine that the configuration asks for. `taps` belong to its network cards.
+fn launch(config: &BootConfig, bundle: &vz_linux::Bundle, taps: Vec<OwnedFd>) -> Result<Box<dyn Machine>, LaunchError> {
     if config.vcpus == 0 || config.memory_mib == 0 {
         return Err(LaunchError::Shape { vcpus: config.vcpus, memory_mib: config.memory_mib });
     }
-    Ok(Box::new(qemu::QemuMachine::launch(config, bundle)?))
+    let wanted = config.nics.iter().map(|nic| usize::from(nic.queue_pairs)).sum();
+    if taps.len() != wanted {
+        return Err(LaunchError::Taps { nics: config.nics.len(), wanted, found: taps.len() });
+    }
+    match config.machine {
+        MachineChoice::Kvm => Err(LaunchError::NoKvm),
+        MachineChoice::Auto | MachineChoice::Qemu => Ok(Box::new(qemu::QemuMachine::launch(config, bundle)?)),
+    }
 }

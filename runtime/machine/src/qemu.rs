@@ -3,6 +3,7 @@
 use std::{
     io,
     os::fd::{AsFd, BorrowedFd},
+    sync::Arc,
 };
 
 use vz_qemu::{Config, Device, Qemu};
@@ -12,6 +13,7 @@ use crate::{
     Exit, LaunchError, Machine, Outputs,
     control::{BootConfig, MachineKind},
     devices::{Devices, request_queues},
+    vmm::Alarm,
 };
 
 mod clock;
@@ -91,7 +93,8 @@ impl Machine for QemuMachine {
         std::mem::take(&mut self.outputs)
     }
 
-    fn serve(&mut self, devices: Devices, on_failure: OnFailure) -> Result<(), LaunchError> {
+    fn serve(&mut self, devices: Devices, alarm: Alarm) -> Result<(), LaunchError> {
+        let on_failure: OnFailure = Arc::new(move |failure| alarm.raise(failure.to_string()));
         if let Some(endpoint) = self.vsock.take() {
             let worker = Worker { backend: Box::new(devices.vsock), queues: 0b11, thread: "vsock".into() };
             vz_vhost::serve("vsock", VSOCK_QUEUES, vec![worker], endpoint, on_failure.clone())?;

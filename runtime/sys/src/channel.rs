@@ -18,7 +18,7 @@ use nix::{
 /// Largest message in bytes.
 pub const MAX_MESSAGE: usize = 128 * 1024;
 /// Most descriptors in one message.
-pub const MAX_FDS: usize = 8;
+pub const MAX_FDS: usize = 64;
 
 /// One end of the channel.
 #[derive(Debug)]

@@ -45,6 +45,16 @@ pub type Memory = GuestMemoryMmap<BitmapMmapRegion>;
 /// Which device a backend is, by its virtio id.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
+    /// virtio-net.
+    Net = 1,
+    /// virtio-blk.
+    Block = 2,
+    /// virtio-console.
+    Console = 3,
+    /// virtio-rng.
+    Rng = 4,
+    /// virtio-balloon.
+    Balloon = 5,
     /// virtio-vsock.
     Vsock = 19,
     /// virtio-fs.
@@ -116,6 +126,8 @@ pub trait Backend: Send {
     fn queue_sizes(&self) -> &[u16];
     /// The device's configuration space.
     fn config(&self) -> &[u8];
+    /// The guest's driver wrote to the configuration space, of which most devices have nothing that can be written.
+    fn write_config(&mut self, _offset: u64, _bytes: &[u8]) {}
     /// Called once, by the thread that serves it, before anything else.
     fn enter_thread(&mut self) -> Result<(), Error> {
         Ok(())

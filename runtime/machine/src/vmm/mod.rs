@@ -96,13 +96,14 @@ impl Failures {
 
 /// The other end of [`Failures`].
 #[derive(Debug, Clone)]
-struct Alarm {
+pub(crate) struct Alarm {
     say: Sender<String>,
     news: Arc<EventFd>,
 }
 
 impl Alarm {
-    fn raise(&self, message: String) {
+    /// Ends the machine, for this reason.
+    pub(crate) fn raise(&self, message: String) {
         // The receiver lives as long as the process.
         if self.say.send(message).is_ok() {
             let _ = self.news.write(1);
@@ -122,7 +123,7 @@ fn serve() -> Result<(), Error> {
     control.set_nonblocking(true).map_err(Error::Channel)?;
     let mut outbox = Outbox::new(control);
 
-    let started = match start(&config, alarm) {
+    let started = match start(&config, message.fds, alarm) {
         Ok(started) => started,
         Err(e) => {
             let ended = Ended { cause: Cause::Launch, message: chain(&e), console: String::new() };
@@ -144,18 +145,18 @@ struct Started {
 }
 
 /// The privileged sequence: everything of the host that is needed is opened, then left behind.
-fn start(config: &BootConfig, alarm: Alarm) -> Result<Started, StartError> {
+fn start(config: &BootConfig, taps: Vec<OwnedFd>, alarm: Alarm) -> Result<Started, StartError> {
     let nofile = jail::prepare()?;
     let console = Console::create(&config.state_dir, config.console_limit)
         .map_err(|source| StartError::Console { dir: config.state_dir.display().to_string(), source })?;
     let bundle = vz_linux::Bundle::open(&config.guest_bundle).map_err(LaunchError::from)?;
     // QEMU first: it starts while we go on, and waits for its devices.
-    let mut machine = launch(config, &bundle)?;
+    let mut machine = launch(config, &bundle, taps)?;
     drop(bundle);
     let host_pid = machine.pid().and_then(|_| pid_outside(machine.as_ref()));
     let share: ShareRoot = jail::enter(&config.share, nofile)?;
     let (devices, vsock) = Devices::new(config, share)?;
-    machine.serve(devices, Arc::new(move |failure| alarm.raise(failure.to_string()))).map_err(StartError::Launch)?;
+    machine.serve(devices, alarm).map_err(StartError::Launch)?;
     Ok(Started { machine, vsock, console, host_pid, cpu_us: cpu_us() })
 }
 

@@ -11,7 +11,10 @@ use nix::fcntl::OFlag;
 use vz_virtio::vsock::Vsock;
 
 use super::*;
-use crate::{Exit, Outputs, control::MachineKind};
+use crate::{
+    Exit, Outputs,
+    control::{MachineChoice, MachineKind},
+};
 
 /// Ends when its line is cut.
 #[derive(Debug)]
@@ -34,7 +37,7 @@ impl Machine for Fake {
     fn outputs(&mut self) -> Outputs {
         std::mem::take(&mut self.outputs)
     }
-    fn serve(&mut self, _: Devices, _: vz_vhost::OnFailure) -> Result<(), LaunchError> {
+    fn serve(&mut self, _: Devices, _: Alarm) -> Result<(), LaunchError> {
         Ok(())
     }
     fn ended(&self) -> std::os::fd::BorrowedFd<'_> {
@@ -62,6 +65,8 @@ struct Rig {
 fn config(deadline_ms: u64) -> BootConfig {
     BootConfig {
         sandbox: "test/loop".into(),
+        machine: MachineChoice::default(),
+        nics: Vec::new(),
         vcpus: 1,
         memory_mib: 1,
         guest_bundle: "/".into(),
