@@ -6,6 +6,8 @@
 pub mod bpf;
 pub mod channel;
 pub mod fork;
+#[cfg(feature = "memory")]
+pub mod memory;
 pub mod mount;
 pub mod process;
 pub mod random;

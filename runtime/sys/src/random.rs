@@ -36,6 +36,21 @@ pub fn credit(device: impl AsFd, seed: &[u8]) -> io::Result<()> {
     Errno::result(done).map(drop).map_err(io::Error::from)
 }
 
+/// Fills `bytes` with random ones.
+pub fn fill(mut bytes: &mut [u8]) -> io::Result<()> {
+    while !bytes.is_empty() {
+        // SAFETY: the kernel writes at most as many bytes as there are, and the slice lives for the whole call.
+        #[allow(unsafe_code)]
+        let done = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), 0) };
+        match Errno::result(done) {
+            Ok(count) => bytes = bytes.get_mut(usize::try_from(count).unwrap_or(0)..).unwrap_or_default(),
+            Err(Errno::EINTR) => {}
+            Err(e) => return Err(e.into()),
+        }
+    }
+    Ok(())
+}
+
 /// `_IOW('R', 0x03, int[2])` of linux/random.h.
 const RNDADDENTROPY: libc::c_ulong = 0x4008_5203;
 /// `_IO('R', 0x07)` of linux/random.h.
@@ -44,6 +59,20 @@ const RNDRESEEDCRNG: libc::c_ulong = 0x5207;
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn every_byte_is_filled() {
+        let mut seen = [false; 1000];
+        for _ in 0..8 {
+            let mut bytes = [0; 1000];
+            fill(&mut bytes).unwrap();
+            for (seen, byte) in seen.iter_mut().zip(bytes) {
+                *seen |= byte != 0;
+            }
+        }
+        assert_eq!(seen, [true; 1000]);
+        fill(&mut []).unwrap();
+    }
 
     #[test]
     fn a_seed_that_is_too_long_is_refused() {
