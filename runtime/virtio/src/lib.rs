@@ -32,12 +32,16 @@ use vhost_user_backend::bitmap::BitmapMmapRegion;
 pub use virtio_queue::Queue;
 use vm_memory::GuestMemoryMmap;
 
+pub mod balloon;
 mod chain;
+pub mod console;
 pub mod fs;
 mod limit;
+pub mod rng;
 #[cfg(test)]
 mod testing;
 pub mod vsock;
+mod wake;
 
 /// Guest memory. Its bitmap type is what virtiofsd's reader and writer are fixed to.
 pub type Memory = GuestMemoryMmap<BitmapMmapRegion>;
@@ -61,31 +65,46 @@ pub enum Kind {
     Fs = 26,
 }
 
-/// A set of queues, by index, to which a backend returned buffers.
+/// What the guest is to be interrupted for: a set of queues, by index, to which a backend returned buffers, and whether
+/// its configuration space changed.
 ///
-/// The transport interrupts the guest for each unless the guest asked not to be (EVENT_IDX).
+/// The transport interrupts the guest for each queue unless the guest asked not to be (EVENT_IDX), and always for a
+/// change of the configuration space, of which it also changes the generation.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
-pub struct Kicks(u64);
+pub struct Kicks {
+    queues: u64,
+    config: bool,
+}
 
 impl Kicks {
-    /// No queue.
-    pub const NONE: Self = Self(0);
+    /// Nothing.
+    pub const NONE: Self = Self { queues: 0, config: false };
 
     /// Adds a queue; indices over 63 do not exist.
     pub fn insert(&mut self, queue: usize) {
         if let Ok(shift) = u32::try_from(queue) {
-            self.0 |= 1u64.checked_shl(shift).unwrap_or(0);
+            self.queues |= 1u64.checked_shl(shift).unwrap_or(0);
         }
     }
 
     /// Whether the queue is in the set.
     pub fn contains(self, queue: usize) -> bool {
-        u32::try_from(queue).ok().and_then(|shift| self.0.checked_shr(shift)).is_some_and(|bits| bits & 1 == 1)
+        u32::try_from(queue).ok().and_then(|shift| self.queues.checked_shr(shift)).is_some_and(|bits| bits & 1 == 1)
     }
 
-    /// Whether no queue is.
+    /// Adds the configuration space: [`Backend::config`] is no longer what it was.
+    pub fn insert_config(&mut self) {
+        self.config = true;
+    }
+
+    /// Whether the configuration space changed.
+    pub fn config_changed(self) -> bool {
+        self.config
+    }
+
+    /// Whether there is nothing to interrupt for.
     pub fn is_empty(self) -> bool {
-        self.0 == 0
+        self == Self::NONE
     }
 }
 
@@ -159,6 +178,10 @@ mod tests {
         kicks.insert(0);
         kicks.insert(63);
         kicks.insert(64);
+        assert!(!kicks.config_changed());
         assert!(kicks.contains(0) && kicks.contains(63) && !kicks.contains(1) && !kicks.contains(64));
+        let mut kicks = Kicks::NONE;
+        kicks.insert_config();
+        assert!(kicks.config_changed() && !kicks.is_empty() && !kicks.contains(0));
     }
 }

@@ -1,7 +1,8 @@
 //! A guest's driver for tests: rings in guest memory, written by hand.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, os::fd::AsFd};
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
@@ -9,8 +10,9 @@ use crate::Memory;
 
 /// Bytes of guest memory.
 pub(crate) const SIZE: usize = 64 << 20;
-const NEXT: u16 = 1;
-const WRITE: u16 = 2;
+pub(crate) const NEXT: u16 = 1;
+pub(crate) const WRITE: u16 = 2;
+pub(crate) const INDIRECT: u16 = 4;
 
 pub(crate) fn memory() -> Memory {
     GuestMemoryMmap::from_ranges(&[(GuestAddress(0), SIZE)]).unwrap()
@@ -22,6 +24,19 @@ pub(crate) struct Buffer {
     pub(crate) address: u64,
     pub(crate) len: u32,
     pub(crate) writable: bool,
+}
+
+/// Writes one descriptor.
+fn describe(memory: &Memory, at: u64, address: u64, len: u32, flags: u16, next: u16) {
+    memory.write_obj(address, GuestAddress(at)).unwrap();
+    memory.write_obj(len, GuestAddress(at + 8)).unwrap();
+    memory.write_obj(flags, GuestAddress(at + 12)).unwrap();
+    memory.write_obj(next, GuestAddress(at + 14)).unwrap();
+}
+
+/// Whether a descriptor is readable within the time.
+pub(crate) fn readable_within(fd: impl AsFd, milliseconds: u16) -> bool {
+    poll(&mut [PollFd::new(fd.as_fd(), PollFlags::POLLIN)], PollTimeout::from(milliseconds)).unwrap() > 0
 }
 
 /// One split virtqueue. Descriptors are used once around, like a driver with free ones only.
@@ -66,15 +81,42 @@ impl Ring {
             self.next_descriptor = (index + 1) % self.size;
             let last = i + 1 == buffers.len();
             let flags = if buffer.writable { WRITE } else { 0 } | if last { 0 } else { NEXT };
-            let at = GuestAddress(self.base + 16 * u64::from(index));
-            memory.write_obj(buffer.address, at).unwrap();
-            memory.write_obj(buffer.len, GuestAddress(at.0 + 8)).unwrap();
-            memory.write_obj(flags, GuestAddress(at.0 + 12)).unwrap();
-            memory.write_obj(self.next_descriptor, GuestAddress(at.0 + 14)).unwrap();
+            let at = self.base + 16 * u64::from(index);
+            describe(memory, at, buffer.address, buffer.len, flags, self.next_descriptor);
         }
         self.chains.insert(head, buffers.to_vec());
         self.publish(memory, head);
         head
+    }
+
+    /// Makes a chain available that never ends: its last buffer leads back to the first.
+    pub(crate) fn add_endless(&mut self, memory: &Memory, buffers: &[Buffer]) -> u16 {
+        let head = self.next_descriptor;
+        for (i, buffer) in buffers.iter().enumerate() {
+            let index = self.next_descriptor;
+            self.next_descriptor = (index + 1) % self.size;
+            let next = if i + 1 == buffers.len() { head } else { self.next_descriptor };
+            let flags = if buffer.writable { WRITE } else { 0 } | NEXT;
+            describe(memory, self.base + 16 * u64::from(index), buffer.address, buffer.len, flags, next);
+        }
+        self.publish(memory, head);
+        head
+    }
+
+    /// Makes a chain available whose buffers are in a table of their own, at `table`.
+    pub(crate) fn add_indirect(&mut self, memory: &Memory, table: u64, buffers: &[Buffer]) {
+        for (i, buffer) in buffers.iter().enumerate() {
+            let last = i + 1 == buffers.len();
+            let flags = if buffer.writable { WRITE } else { 0 } | if last { 0 } else { NEXT };
+            let next = u16::try_from(i + 1).unwrap();
+            describe(memory, table + 16 * u64::try_from(i).unwrap(), buffer.address, buffer.len, flags, next);
+        }
+        let head = self.next_descriptor;
+        self.next_descriptor = (head + 1) % self.size;
+        let len = u32::try_from(16 * buffers.len()).unwrap();
+        describe(memory, self.base + 16 * u64::from(head), table, len, INDIRECT, 0);
+        self.chains.insert(head, buffers.to_vec());
+        self.publish(memory, head);
     }
 
     /// Puts a head into the ring, whatever it is.
