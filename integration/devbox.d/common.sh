@@ -1,8 +1,9 @@
 # shellcheck shell=bash
 # Messages, caches and the preflight. Sourced by ../devbox; everything here is used by more than one part.
 
-say() { printf 'devbox: %s\n' "$*" >&2; }
-die() { printf 'devbox: error: %s\n' "$*" >&2; exit 1; }
+# $program is whose messages these are.
+say() { printf '%s: %s\n' "${program:-devbox}" "$*" >&2; }
+die() { say "error: $*"; exit 1; }
 
 # step LABEL COMMAND...: run a long command with its output kept; on failure, show the end of it.
 step() {
