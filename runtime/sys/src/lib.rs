@@ -12,6 +12,7 @@ pub mod mount;
 pub mod process;
 pub mod random;
 pub mod socket;
+pub mod tap;
 pub mod thread;
 pub mod tsc;
 pub mod tty;

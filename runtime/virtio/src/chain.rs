@@ -4,7 +4,7 @@ use std::io;
 
 use vhost_user_backend::bitmap::BitmapMmapRegion;
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
-use vm_memory::{GuestMemory, ReadVolatile, VolatileMemoryError, VolatileSlice, WriteVolatile};
+use vm_memory::{Bytes, GuestAddress, GuestMemory, ReadVolatile, VolatileMemoryError, VolatileSlice, WriteVolatile};
 
 use crate::{Error, Memory};
 
@@ -39,10 +39,7 @@ impl<'a> Buffers<'a> {
         Self::collect(memory, chain.writable().map(|d| (d.addr(), d.len())))
     }
 
-    fn collect(
-        memory: &'a Memory,
-        descriptors: impl Iterator<Item = (vm_memory::GuestAddress, u32)>,
-    ) -> Result<Self, Malformed> {
+    fn collect(memory: &'a Memory, descriptors: impl Iterator<Item = (GuestAddress, u32)>) -> Result<Self, Malformed> {
         let mut pieces = Vec::with_capacity(2);
         let mut len = 0usize;
         for (address, length) in descriptors {
@@ -78,6 +75,16 @@ impl<'a> Buffers<'a> {
             left = left.saturating_sub(part);
         }
         Self { pieces: pieces.into_iter(), current: None, len }
+    }
+
+    /// What is left, for vectored I/O.
+    pub(crate) fn into_pieces(mut self) -> Vec<Slice<'a>> {
+        let mut pieces = Vec::with_capacity(2);
+        while let Some(piece) = self.front() {
+            self.advance(piece.len());
+            pieces.push(piece);
+        }
+        pieces
     }
 
     /// The next piece, at most as long as what is left.
@@ -216,6 +223,32 @@ pub(crate) fn serve(
     }
 }
 
+/// Returns several chains, of which the guest sees all or none: together they hold one thing.
+pub(crate) fn add_used_together(queue: &mut Queue, memory: &Memory, chains: &[(u16, u32)]) -> Result<(), Error> {
+    let Some(((head, len), before)) = chains.split_last() else { return Ok(()) };
+    let mut next = queue.next_used();
+    for (head, len) in before {
+        // The guest looks at entries below the index only, which moves on with the last one.
+        let slot = u64::from(next.checked_rem(queue.size()).unwrap_or(0));
+        let entry = u64::from(*head) | u64::from(*len) << 32;
+        let address = queue.used_ring().checked_add(slot.saturating_mul(8).saturating_add(4));
+        let address = address.ok_or(Error::Ring(virtio_queue::Error::AddressOverflow))?;
+        memory
+            .write_slice(&entry.to_le_bytes(), GuestAddress(address))
+            .map_err(|e| Error::Ring(virtio_queue::Error::GuestMemory(e)))?;
+        next = next.wrapping_add(1);
+    }
+    queue.set_next_used(next);
+    queue.add_used(memory, *head, *len).map_err(Error::Ring)?;
+    // The queue counts what is added, one for each call, to decide whether the guest wants to know. The same entry
+    // written again is the same.
+    for _ in before {
+        queue.set_next_used(next);
+        queue.add_used(memory, *head, *len).map_err(Error::Ring)?;
+    }
+    Ok(())
+}
+
 /// What became of a chain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Served {
@@ -223,4 +256,36 @@ pub(crate) enum Served {
     Used(u32),
     /// Left in the queue; the caller comes back by itself.
     NotNow,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{Buffer, Ring, memory};
+
+    #[test]
+    fn chains_that_are_returned_together_are_counted_one_by_one() {
+        let memory = memory();
+        let mut ring = Ring::new(0x1_0000, 8);
+        let mut queue = ring.queue();
+        queue.set_event_idx(true);
+        // Around the ring's end, too.
+        for round in 0..5u32 {
+            let mut heads = Vec::new();
+            for i in 0..3 {
+                let buffer = Buffer { address: 0x10_0000, len: 8, writable: true };
+                heads.push((ring.add(&memory, &[buffer]), round * 10 + i));
+                queue.iter(&memory).unwrap().next().unwrap();
+            }
+            // The driver wants to hear of the first of the three: a queue that counted one would not tell.
+            ring.set_used_event(&memory, queue.next_used());
+            add_used_together(&mut queue, &memory, &heads).unwrap();
+            assert!(queue.needs_notification(&memory).unwrap());
+            let lens: Vec<_> =
+                std::iter::from_fn(|| ring.take_used(&memory)).map(|(chain, len)| (chain.len(), len)).collect();
+            assert_eq!(lens, [(1, round * 10), (1, round * 10 + 1), (1, round * 10 + 2)]);
+        }
+        add_used_together(&mut queue, &memory, &[]).unwrap();
+        assert!(ring.take_used(&memory).is_none());
+    }
 }

@@ -37,6 +37,7 @@ mod chain;
 pub mod console;
 pub mod fs;
 mod limit;
+pub mod net;
 pub mod rng;
 #[cfg(test)]
 mod testing;

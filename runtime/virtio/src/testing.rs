@@ -132,6 +132,11 @@ impl Ring {
         memory.write_obj(index, GuestAddress(self.avail() + 2)).unwrap();
     }
 
+    /// Asks, with EVENT_IDX, to be notified when the entry with this index is used.
+    pub(crate) fn set_used_event(&self, memory: &Memory, index: u16) {
+        memory.write_obj(index, GuestAddress(self.avail() + 4 + 2 * u64::from(self.size))).unwrap();
+    }
+
     /// The next chain that the device is done with, and how much it wrote.
     pub(crate) fn take_used(&mut self, memory: &Memory) -> Option<(Vec<Buffer>, u32)> {
         let index: u16 = memory.read_obj(GuestAddress(self.used_ring() + 2)).unwrap();
