@@ -3,6 +3,7 @@
 //! Invariants: no global state, no allocation between fork and exec, every descriptor that is handed out is
 //! owned and close-on-exec.
 
+pub mod block;
 pub mod bpf;
 pub mod channel;
 pub mod fork;

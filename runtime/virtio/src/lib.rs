@@ -33,6 +33,7 @@ pub use virtio_queue::Queue;
 use vm_memory::GuestMemoryMmap;
 
 pub mod balloon;
+pub mod blk;
 mod chain;
 pub mod console;
 pub mod fs;
