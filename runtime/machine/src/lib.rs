@@ -7,6 +7,7 @@ use std::{
 
 pub mod control;
 mod devices;
+mod kvm;
 mod qemu;
 pub mod vmm;
 
@@ -64,8 +65,16 @@ enum LaunchError {
     Serve(#[from] vz_vhost::Error),
     #[error(transparent)]
     Share(#[from] vz_virtio::fs::ConfigError),
-    #[error("machine \"kvm\" is not part of this build: set machine = \"qemu\"")]
-    NoKvm,
+    #[error(transparent)]
+    Kvm(#[from] vz_kvm::Error),
+    #[error(transparent)]
+    Net(#[from] vz_virtio::net::NetError),
+    #[error("make console pipe")]
+    Console(#[source] io::Error),
+    #[error("make balloon device")]
+    Balloon(#[source] io::Error),
+    #[error("get random bytes")]
+    Random(#[source] io::Error),
     #[error("{nics} network cards need {wanted} tap descriptors, got {found}")]
     Taps { nics: usize, wanted: usize, found: usize },
     #[error("make vsock device")]
@@ -84,7 +93,7 @@ fn launch(config: &BootConfig, bundle: &vz_linux::Bundle, taps: Vec<OwnedFd>) ->
         return Err(LaunchError::Taps { nics: config.nics.len(), wanted, found: taps.len() });
     }
     match config.machine {
-        MachineChoice::Kvm => Err(LaunchError::NoKvm),
+        MachineChoice::Kvm => Ok(Box::new(kvm::KvmMachine::launch(config, bundle, taps)?)),
         MachineChoice::Auto | MachineChoice::Qemu => Ok(Box::new(qemu::QemuMachine::launch(config, bundle)?)),
     }
 }

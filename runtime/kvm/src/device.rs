@@ -1,0 +1,432 @@
+//! A virtio device on this machine: its registers on one side, a thread for each of its workers on the other.
+//!
+//! The guest's writes to the registers are handled by whichever vCPU made them; queues belong to the workers' threads, which
+//! get them when the driver is ready and give them up when it resets the device. A notification wakes the thread by an
+//! eventfd that KVM signals itself, an interrupt is an eventfd that KVM turns into one: neither leaves the kernel for a vCPU.
+
+use std::{
+    fmt,
+    io::ErrorKind,
+    os::fd::{AsRawFd, RawFd},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, AtomicU32, Ordering},
+        mpsc::{Receiver, Sender, SyncSender, channel, sync_channel},
+    },
+};
+
+use virtio_queue::QueueT;
+use vmm_sys_util::{
+    epoll::{ControlOperation, Epoll, EpollEvent, EventSet},
+    eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd},
+};
+use vz_jail::Role;
+use vz_virtio::{Backend, Kicks, Kind, Memory, Queue};
+
+use crate::{Error, OnFailure, chain};
+
+/// What one thread serves.
+pub struct Worker {
+    /// The device, or its part; it sees the queues below as 0, 1, and so on.
+    pub backend: Box<dyn Backend>,
+    /// The device's queues that it serves, as a bit set.
+    pub queues: u64,
+    /// Name of its thread, at most 15 bytes.
+    pub thread: String,
+    /// What its thread may do.
+    pub role: Role,
+}
+
+impl fmt::Debug for Worker {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Worker").field("queues", &self.queues).field("thread", &self.thread).finish_non_exhaustive()
+    }
+}
+
+/// Epoll data: a worker's commands, then its queues, then its backend's sources.
+const COMMAND: u64 = 0;
+const QUEUE: u64 = 1;
+const SOURCE: u64 = 1 << 32;
+/// Events that are taken at once.
+const EVENTS: usize = 16;
+
+/// The guest's interrupt line of a device.
+#[derive(Debug)]
+pub(crate) struct Interrupt {
+    status: AtomicU32,
+    line: EventFd,
+}
+
+impl Interrupt {
+    /// A buffer was used.
+    pub(crate) const USED: u32 = 1;
+    /// The configuration space changed, or the device needs a reset.
+    pub(crate) const CONFIG: u32 = 2;
+
+    fn new() -> Result<Self, Error> {
+        let line = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).map_err(Error::system("make eventfd"))?;
+        Ok(Self { status: AtomicU32::new(0), line })
+    }
+
+    fn raise(&self, why: u32) {
+        self.status.fetch_or(why, Ordering::SeqCst);
+        // Fails only where the counter is full, and then the line is raised already.
+        let _ = self.line.write(1);
+    }
+
+    /// Why it was raised and not yet acknowledged.
+    pub(crate) fn pending(&self) -> u32 {
+        self.status.load(Ordering::SeqCst)
+    }
+
+    /// The driver has seen these reasons.
+    pub(crate) fn acknowledge(&self, seen: u32) {
+        self.status.fetch_and(!seen, Ordering::SeqCst);
+    }
+
+    /// What KVM turns into the guest's interrupt.
+    pub(crate) fn line(&self) -> &EventFd {
+        &self.line
+    }
+}
+
+/// A device's configuration space, as the driver sees it.
+#[derive(Debug)]
+struct Space {
+    bytes: Mutex<Vec<u8>>,
+    /// Changes with each change of the bytes, by which the driver knows that it read across one.
+    generation: AtomicU32,
+}
+
+impl Space {
+    /// Takes over the backend's.
+    fn refresh(&self, now: &[u8]) {
+        let mut bytes = self.bytes.lock().unwrap_or_else(PoisonError::into_inner);
+        if bytes.as_slice() != now {
+            now.clone_into(&mut bytes);
+            self.generation.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+
+    fn len(&self) -> usize {
+        self.bytes.lock().unwrap_or_else(PoisonError::into_inner).len()
+    }
+}
+
+/// What a worker is told.
+#[derive(Debug)]
+enum Command {
+    /// The driver is ready and accepted these features. The queues are the worker's, by its own index.
+    Activate { features: u64, queues: Vec<Option<Queue>> },
+    /// The driver resets the device; answered when no queue is touched any more.
+    Reset(SyncSender<()>),
+    /// The driver wrote to the configuration space.
+    Config { offset: u64, bytes: Vec<u8> },
+}
+
+/// The vCPUs' way to a worker.
+#[derive(Debug)]
+struct Line {
+    commands: Sender<Command>,
+    wake: Arc<EventFd>,
+    /// The device's queues that the worker serves, in its order.
+    queues: Vec<usize>,
+}
+
+impl Line {
+    fn send(&self, command: Command) {
+        // A worker is only gone where the machine is ending.
+        if self.commands.send(command).is_ok() {
+            let _ = self.wake.write(1);
+        }
+    }
+}
+
+/// A device, as its registers see it.
+#[derive(Debug)]
+pub(crate) struct Device {
+    /// Its virtio id.
+    pub(crate) kind: Kind,
+    /// The features of its type.
+    pub(crate) features: u64,
+    /// Largest sizes of its queues.
+    pub(crate) queue_sizes: Vec<u16>,
+    space: Arc<Space>,
+    /// Its interrupt.
+    pub(crate) interrupt: Arc<Interrupt>,
+    /// Whether a ring was unusable: the device needs a reset.
+    broken: Arc<AtomicBool>,
+    /// Signalled by KVM for each of its queues.
+    pub(crate) notifications: Vec<EventFd>,
+    lines: Vec<Line>,
+}
+
+impl Device {
+    /// Makes the device and what its threads will run.
+    pub(crate) fn new(workers: Vec<Worker>, memory: &Memory) -> Result<(Self, Vec<Serving>), Error> {
+        let first = workers.first().ok_or(Error::NoWorkers)?;
+        let kind = first.backend.kind();
+        let features = first.backend.features();
+        let space = Space { bytes: Mutex::new(first.backend.config().to_vec()), generation: AtomicU32::new(0) };
+        let space = Arc::new(space);
+        let interrupt = Arc::new(Interrupt::new()?);
+        let broken = Arc::new(AtomicBool::new(false));
+        let mut sizes: Vec<(usize, u16)> = Vec::new();
+        let mut lines = Vec::new();
+        let mut servings = Vec::new();
+        for worker in workers {
+            let queues: Vec<usize> = (0..u64::BITS)
+                .filter(|bit| worker.queues >> bit & 1 == 1)
+                .filter_map(|bit| bit.try_into().ok())
+                .collect();
+            sizes.extend(queues.iter().copied().zip(worker.backend.queue_sizes().iter().copied()));
+            let (commands, received) = channel();
+            let wake = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).map_err(Error::system("make eventfd"))?;
+            let wake = Arc::new(wake);
+            lines.push(Line { commands, wake: Arc::clone(&wake), queues: queues.clone() });
+            servings.push(Serving {
+                name: worker.thread,
+                role: worker.role,
+                backend: worker.backend,
+                memory: memory.clone(),
+                indices: queues,
+                notifications: Vec::new(),
+                commands: received,
+                wake,
+                interrupt: Arc::clone(&interrupt),
+                space: Arc::clone(&space),
+                broken: Arc::clone(&broken),
+                queues: Vec::new(),
+            });
+        }
+        sizes.sort_unstable();
+        // Each queue has one worker, and there is no gap.
+        if sizes.iter().enumerate().any(|(wanted, (found, _))| wanted != *found) {
+            return Err(Error::Queues(kind));
+        }
+        let notifications: Vec<EventFd> = sizes
+            .iter()
+            .map(|_| EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK))
+            .collect::<Result<_, _>>()
+            .map_err(Error::system("make eventfd"))?;
+        for serving in &mut servings {
+            for index in &serving.indices {
+                if let Some(notification) = notifications.get(*index) {
+                    serving.notifications.push(notification.try_clone().map_err(Error::system("duplicate eventfd"))?);
+                }
+            }
+        }
+        let queue_sizes = sizes.into_iter().map(|(_, size)| size).collect();
+        Ok((Self { kind, features, queue_sizes, space, interrupt, broken, notifications, lines }, servings))
+    }
+
+    /// Hands the queues, by index, to the workers.
+    pub(crate) fn activate(&self, features: u64, queues: Vec<Option<Queue>>) {
+        let mut queues = queues;
+        for line in &self.lines {
+            let own = line.queues.iter().map(|index| queues.get_mut(*index).and_then(Option::take)).collect();
+            line.send(Command::Activate { features, queues: own });
+        }
+    }
+
+    /// Takes the queues back; no buffer of the guest is touched afterwards.
+    pub(crate) fn reset(&self) {
+        let (done, answers) = sync_channel(self.lines.len());
+        for line in &self.lines {
+            line.send(Command::Reset(done.clone()));
+        }
+        drop(done);
+        // Ends when each has answered, or is gone.
+        while answers.recv().is_ok() {}
+        self.broken.store(false, Ordering::SeqCst);
+        self.interrupt.acknowledge(u32::MAX);
+    }
+
+    /// Whether the device stopped and waits for a reset.
+    pub(crate) fn is_broken(&self) -> bool {
+        self.broken.load(Ordering::SeqCst)
+    }
+
+    /// Changes whenever the configuration space does.
+    pub(crate) fn config_generation(&self) -> u32 {
+        self.space.generation.load(Ordering::SeqCst)
+    }
+
+    /// Reads the configuration space; zeros beyond its end.
+    pub(crate) fn read_config(&self, offset: u64, bytes: &mut [u8]) {
+        bytes.fill(0);
+        let space = self.space.bytes.lock().unwrap_or_else(PoisonError::into_inner);
+        let from = usize::try_from(offset).ok().and_then(|offset| space.get(offset..)).unwrap_or_default();
+        for (byte, value) in bytes.iter_mut().zip(from) {
+            *byte = *value;
+        }
+    }
+
+    /// Writes to the configuration space; what is beyond its end is dropped.
+    pub(crate) fn write_config(&self, offset: u64, bytes: &[u8]) {
+        let inside = usize::try_from(offset).ok().and_then(|offset| self.space.len().checked_sub(offset)).unwrap_or(0);
+        let bytes = bytes.get(..bytes.len().min(inside)).unwrap_or_default();
+        if let Some(line) = self.lines.first().filter(|_| !bytes.is_empty()) {
+            line.send(Command::Config { offset, bytes: bytes.to_vec() });
+        }
+    }
+}
+
+/// A worker on its thread.
+pub(crate) struct Serving {
+    name: String,
+    role: Role,
+    backend: Box<dyn Backend>,
+    memory: Memory,
+    /// The device's indices of its queues.
+    indices: Vec<usize>,
+    notifications: Vec<EventFd>,
+    commands: Receiver<Command>,
+    wake: Arc<EventFd>,
+    interrupt: Arc<Interrupt>,
+    space: Arc<Space>,
+    broken: Arc<AtomicBool>,
+    /// By its own index; none before the driver is ready.
+    queues: Vec<Option<Queue>>,
+}
+
+impl fmt::Debug for Serving {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Serving").field("name", &self.name).field("indices", &self.indices).finish_non_exhaustive()
+    }
+}
+
+/// What a backend is called for.
+#[derive(Debug, Clone, Copy)]
+enum Call {
+    Queue(u16),
+    Source(u16),
+}
+
+impl Serving {
+    /// Starts the thread.
+    pub(crate) fn start(self, on_failure: &OnFailure) -> Result<(), Error> {
+        let name = self.name.clone();
+        let thread = name.clone();
+        let (on_failure, refused) = (Arc::clone(on_failure), Arc::clone(on_failure));
+        let refused_name = name.clone();
+        vz_jail::spawn(
+            self.role,
+            &name,
+            move || {
+                if let Err(e) = self.run() {
+                    on_failure(format!("device thread {thread}: {}", chain(&e)));
+                }
+            },
+            move |e| refused(format!("device thread {refused_name}: {}", chain(&e))),
+        )
+        .map(drop)
+        .map_err(|source| Error::Thread { name, source })
+    }
+
+    /// The thread: serves until the process ends.
+    pub(crate) fn run(mut self) -> Result<(), Error> {
+        self.backend.enter_thread().map_err(Error::Backend)?;
+        let epoll = Epoll::new().map_err(Error::system("make epoll"))?;
+        let watch = |fd: RawFd, data| {
+            let event = EpollEvent::new(EventSet::IN, data);
+            epoll.ctl(ControlOperation::Add, fd, event).map_err(Error::system("watch descriptor"))
+        };
+        watch(self.wake.as_raw_fd(), COMMAND)?;
+        for (notification, data) in self.notifications.iter().zip(QUEUE..) {
+            watch(notification.as_raw_fd(), data)?;
+        }
+        for source in self.backend.sources() {
+            watch(source.fd, SOURCE | u64::from(source.token))?;
+        }
+        let mut events = [EpollEvent::default(); EVENTS];
+        loop {
+            let count = match epoll.wait(-1, &mut events) {
+                Ok(count) => count,
+                Err(e) if e.kind() == ErrorKind::Interrupted => continue,
+                Err(source) => return Err(Error::System { operation: "wait for events", source }),
+            };
+            for event in events.iter().take(count) {
+                match event.data() {
+                    COMMAND => self.commands(),
+                    data if data & SOURCE != 0 => {
+                        self.call(Call::Source(u16::try_from(data & 0xffff).unwrap_or(u16::MAX)));
+                    }
+                    data => {
+                        let index = data.saturating_sub(QUEUE);
+                        if let Some(notification) = usize::try_from(index).ok().and_then(|i| self.notifications.get(i))
+                        {
+                            let _ = notification.read();
+                            self.call(Call::Queue(u16::try_from(index).unwrap_or(u16::MAX)));
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    fn commands(&mut self) {
+        let _ = self.wake.read();
+        while let Ok(command) = self.commands.try_recv() {
+            match command {
+                Command::Activate { features, queues } => {
+                    self.queues = queues;
+                    self.backend.activate(features);
+                    // The driver may have made buffers available before it said that it is ready.
+                    for index in 0..self.queues.len() {
+                        self.call(Call::Queue(u16::try_from(index).unwrap_or(u16::MAX)));
+                    }
+                }
+                Command::Reset(done) => {
+                    self.queues.clear();
+                    self.backend.reset();
+                    let _ = done.send(());
+                }
+                Command::Config { offset, bytes } => {
+                    self.backend.write_config(offset, &bytes);
+                    self.space.refresh(self.backend.config());
+                }
+            }
+        }
+    }
+
+    fn call(&mut self, what: Call) {
+        if self.queues.is_empty() || self.broken.load(Ordering::SeqCst) {
+            if let Call::Source(token) = what {
+                // So that it does not go on calling.
+                let _ = self.backend.source(token, &mut [], &self.memory);
+            }
+            return;
+        }
+        let mut lent: Vec<Option<&mut Queue>> = self.queues.iter_mut().map(Option::as_mut).collect();
+        let served = match what {
+            Call::Queue(index) => self.backend.queue(index, &mut lent, &self.memory),
+            Call::Source(token) => self.backend.source(token, &mut lent, &self.memory),
+        };
+        let kicks = match served {
+            Ok(kicks) => kicks,
+            Err(e) => {
+                tracing::warn!(thread = self.name, "device stopped until the guest resets it: {}", chain(&e));
+                self.broken.store(true, Ordering::SeqCst);
+                self.interrupt.raise(Interrupt::CONFIG);
+                Kicks::NONE
+            }
+        };
+        let mut why = 0;
+        for (index, queue) in self.queues.iter_mut().enumerate() {
+            // Where the guest's wish cannot be read, it is interrupted once too often.
+            if kicks.contains(index)
+                && queue.as_mut().is_some_and(|queue| queue.needs_notification(&self.memory).unwrap_or(true))
+            {
+                why |= Interrupt::USED;
+            }
+        }
+        if kicks.config_changed() {
+            self.space.refresh(self.backend.config());
+            why |= Interrupt::CONFIG;
+        }
+        if why != 0 {
+            self.interrupt.raise(why);
+        }
+    }
+}

@@ -1,0 +1,68 @@
+//! Guest memory: private anonymous memory of this process, given to KVM as slots.
+
+use kvm_bindings::kvm_userspace_memory_region;
+use kvm_ioctls::VmFd;
+use vm_memory::{GuestAddress, GuestMemory, GuestMemoryRegion};
+use vz_virtio::Memory;
+
+use crate::{
+    Error,
+    layout::{ABOVE_HOLE, LOW_MEMORY_END},
+};
+
+/// Bytes of a page.
+const PAGE: u64 = 4096;
+
+/// The ranges of guest memory of this size: below the hole, and above it what does not fit there.
+pub(crate) fn ranges(bytes: u64) -> Result<Vec<(GuestAddress, usize)>, Error> {
+    let bad = || Error::MemorySize(bytes);
+    if bytes == 0 || !bytes.is_multiple_of(PAGE) {
+        return Err(bad());
+    }
+    let low = bytes.min(LOW_MEMORY_END);
+    let mut ranges = vec![(GuestAddress(0), usize::try_from(low).map_err(|_| bad())?)];
+    if let Some(high) = bytes.checked_sub(low).filter(|high| *high > 0) {
+        ranges.push((GuestAddress(ABOVE_HOLE), usize::try_from(high).map_err(|_| bad())?));
+    }
+    Ok(ranges)
+}
+
+/// Reserves memory; nothing of it is used before the guest touches it.
+pub(crate) fn reserve(bytes: u64) -> Result<Memory, Error> {
+    Memory::from_ranges(&ranges(bytes)?).map_err(|e| Error::Memory { bytes, source: Box::new(e) })
+}
+
+/// Gives the guest its memory. Before the interrupt controllers exist this costs 0.2 ms, after it 7.
+pub(crate) fn register(vm: &VmFd, memory: &Memory) -> Result<(), Error> {
+    for (slot, region) in (0u32..).zip(memory.iter()) {
+        let host = memory
+            .get_host_address(region.start_addr())
+            .map_err(|e| Error::Memory { bytes: region.len(), source: Box::new(e) })?;
+        let region = kvm_userspace_memory_region {
+            slot,
+            flags: 0,
+            guest_phys_addr: region.start_addr().0,
+            memory_size: region.len(),
+            userspace_addr: host.addr() as u64,
+        };
+        // SAFETY: the range is one mapping of `memory`, which the machine keeps for as long as the VM exists: both end with
+        // the process. The guest may write to it at any time, and nothing else of this process is in it.
+        #[allow(unsafe_code)]
+        unsafe { vm.set_user_memory_region(region) }.map_err(Error::kvm("register memory"))?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_goes_around_the_hole() {
+        let low = usize::try_from(LOW_MEMORY_END).unwrap();
+        assert_eq!(ranges(128 << 20).unwrap(), [(GuestAddress(0), 128 << 20)]);
+        assert_eq!(ranges(LOW_MEMORY_END).unwrap(), [(GuestAddress(0), low)]);
+        assert_eq!(ranges(6 << 30).unwrap(), [(GuestAddress(0), low), (GuestAddress(ABOVE_HOLE), 3 << 30)]);
+        assert!(ranges(0).is_err() && ranges(4097).is_err());
+    }
+}
