@@ -13,7 +13,7 @@ use linux_loader::loader::{
 use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryRegion};
 use vz_virtio::Memory;
 
-use crate::{Error, layout};
+use crate::{Error, layout, memory};
 
 const E820_RAM: u32 = 1;
 const E820_RESERVED: u32 = 2;
@@ -24,7 +24,8 @@ const BOOT_FLAG: u16 = 0xaa55;
 const PROTOCOL_VERSION: u16 = 0x020e;
 /// A boot loader without a number of its own.
 const LOADER_UNDEFINED: u8 = 0xff;
-const PAGE: u64 = 4096;
+/// Size of a large page, which is where the initramfs begins.
+const LARGE_PAGE: u64 = 2 << 20;
 
 /// Loads everything; the address of the kernel's 64-bit entry.
 pub(crate) fn load(memory: &Memory, kernel: &File, initramfs: &File, cmdline: &str) -> Result<GuestAddress, Error> {
@@ -38,6 +39,13 @@ pub(crate) fn load(memory: &Memory, kernel: &File, initramfs: &File, cmdline: &s
 
 fn load_kernel(memory: &Memory, kernel: &File) -> Result<(GuestAddress, u64), Error> {
     let mut kernel = kernel;
+    // Where it goes its headers say; a file is about as long as what is loaded of it.
+    let size = kernel.metadata().map_err(|source| Error::ReadKernel { source })?.len();
+    let low = memory.find_region(GuestAddress(0)).map_or(0, GuestMemoryRegion::len);
+    let room = low.saturating_sub(layout::KERNEL).min(size);
+    if room > 0 {
+        memory::prefer_large_pages(memory, GuestAddress(layout::KERNEL), room)?;
+    }
     let loaded = Elf::load(memory, None, &mut kernel, Some(GuestAddress(layout::HIGH_MEMORY)))
         .map_err(|e| Error::Kernel(e.to_string()))?;
     Ok((loaded.kernel_load, loaded.kernel_end))
@@ -49,10 +57,13 @@ fn load_initramfs(memory: &Memory, mut file: &File, kernel_end: u64) -> Result<(
     let size = file.seek(SeekFrom::End(0)).map_err(read)?;
     file.rewind().map_err(read)?;
     let low = memory.find_region(GuestAddress(0)).map_or(0, GuestMemoryRegion::len);
-    let address = low.checked_sub(size).map(|address| address & !(PAGE - 1));
+    let address = low.checked_sub(size).map(|address| address & !(LARGE_PAGE - 1));
     let Some(address) = address.filter(|address| *address >= kernel_end) else {
         return Err(Error::TooLittle { memory: low, needed: kernel_end.saturating_add(size) });
     };
+    if size > 0 {
+        memory::prefer_large_pages(memory, GuestAddress(address), size)?;
+    }
     let bytes = usize::try_from(size).map_err(|_| Error::TooLittle { memory: low, needed: size })?;
     memory.read_exact_volatile_from(GuestAddress(address), &mut file, bytes).map_err(Error::place("initramfs"))?;
     Ok((address, size))
@@ -115,7 +126,7 @@ mod tests {
 
     #[test]
     fn the_map_has_memory_and_hole() {
-        let memory = crate::memory::reserve(4 << 30).unwrap();
+        let memory = memory::reserve(4 << 30).unwrap();
         let map: Vec<_> = e820(&memory).iter().map(|e| ({ e.addr }, { e.size }, { e.type_ })).collect();
         assert_eq!(
             map,
@@ -130,26 +141,26 @@ mod tests {
 
     #[test]
     fn what_is_no_kernel_is_refused() {
-        let memory = crate::memory::reserve(16 << 20).unwrap();
+        let memory = memory::reserve(16 << 20).unwrap();
         let error = load(&memory, &file(b"not an ELF file, by far"), &file(b""), "").unwrap_err();
         assert!(matches!(error, Error::Kernel(_)), "{error}");
     }
 
     #[test]
     fn an_initramfs_is_put_at_the_end_of_low_memory() {
-        let memory = crate::memory::reserve(16 << 20).unwrap();
+        let memory = memory::reserve(16 << 20).unwrap();
         let (address, size) = load_initramfs(&memory, &file(&[7; 5000]), 1 << 20).unwrap();
-        assert_eq!((address, size), ((16 << 20) - 8192, 5000));
+        assert_eq!((address, size), (14 << 20, 5000));
         let mut last = [0; 1];
         memory.read_slice(&mut last, GuestAddress(address + size - 1)).unwrap();
         assert_eq!(last, [7]);
-        let error = load_initramfs(&memory, &file(&[7; 5000]), (16 << 20) - 4096).unwrap_err();
+        let error = load_initramfs(&memory, &file(&[7; 5000]), (14 << 20) + 1).unwrap_err();
         assert!(matches!(error, Error::TooLittle { .. }), "{error}");
     }
 
     #[test]
     fn a_command_line_has_a_largest_size() {
-        let memory = crate::memory::reserve(16 << 20).unwrap();
+        let memory = memory::reserve(16 << 20).unwrap();
         load_cmdline(&memory, &"x".repeat(layout::CMDLINE_SIZE - 1)).unwrap();
         assert!(load_cmdline(&memory, &"x".repeat(layout::CMDLINE_SIZE)).is_err());
         assert!(load_cmdline(&memory, "a\0b").is_err());

@@ -77,6 +77,8 @@ fn kernel_arguments(vcpus: u32) -> String {
     }
     // Nothing to speculate; and patching, or setting memory aside, for hardware that is not there.
     arguments.push_str(" mitigations=off noreplace-smp swiotlb=noforce");
+    // There is no PCI bus to look for.
+    arguments.push_str(" pci=off");
     arguments
 }
 

@@ -10,6 +10,7 @@ mod events;
 mod exec;
 mod files;
 mod lifecycle;
+mod machine;
 mod options;
 mod run;
 mod stdio;
@@ -26,6 +27,7 @@ fn main() -> ExitCode {
         events::TESTS,
         errors::TESTS,
         cli::TESTS,
+        machine::TESTS,
         crash::TESTS,
     ])
 }

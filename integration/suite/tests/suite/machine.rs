@@ -1,0 +1,116 @@
+//! The virtual machine itself: its size, its clock, and its end when the guest brings that about.
+
+use std::time::Duration;
+
+use vz_suite::{
+    Lab, Verdict,
+    container::{Container, Task},
+    events::Recorder,
+    lab::BUSYBOX,
+    poll::until,
+    tests,
+};
+
+tests![
+    a_vm_has_the_vcpus_that_were_asked_for,
+    a_vm_has_the_memory_that_was_asked_for,
+    the_clock_is_the_one_of_the_machine,
+    a_guest_that_powers_off_ends_its_containers,
+    a_guest_whose_kernel_panics_says_why,
+    a_guest_that_loops_can_be_removed,
+];
+
+fn annotated(key: &str, value: u64) -> [String; 2] {
+    ["--annotation".into(), format!("io.containerd.vz/{key}={value}")]
+}
+
+fn a_vm_has_the_vcpus_that_were_asked_for(lab: &Lab) -> Verdict {
+    lab.vz_only()?;
+    for count in [1, 2, 4] {
+        let script = "grep -c ^processor /proc/cpuinfo; nproc; cat /sys/devices/system/cpu/online";
+        let said =
+            lab.ctr_run(&["--rm"]).args(annotated("vcpus", count)).args([BUSYBOX, &lab.id("cpus"), "sh", "-c", script]);
+        let online = if count == 1 { "0".to_owned() } else { format!("0-{}", count - 1) };
+        assert_eq!(said.run().ok(), format!("{count}\n{count}\n{online}"));
+    }
+    Ok(())
+}
+
+fn a_vm_has_the_memory_that_was_asked_for(lab: &Lab) -> Verdict {
+    lab.vz_only()?;
+    // The second has memory above the hole that devices leave below 4 GiB.
+    for mib in [128, 6144] {
+        let host = std::fs::read_to_string("/proc/meminfo").expect("read /proc/meminfo");
+        if total_kib(&host) / 1024 < mib {
+            return Err(vz_suite::Skip(format!("host has less than {mib} MiB, which no VM of it gets more than")));
+        }
+        let run = lab.ctr_run(&["--rm"]).args(annotated("memory-mib", mib));
+        let said = run.args([BUSYBOX, &lab.id("memory"), "cat", "/proc/meminfo"]).run().ok();
+        let found = total_kib(&said) / 1024;
+        // The kernel keeps some for itself, before it counts.
+        assert!((mib * 80 / 100..=mib).contains(&found), "{found} MiB of {mib}");
+    }
+    Ok(())
+}
+
+fn total_kib(meminfo: &str) -> u64 {
+    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemTotal:")).expect("MemTotal");
+    line.trim().trim_end_matches(" kB").parse().expect("a number")
+}
+
+fn the_clock_is_the_one_of_the_machine(lab: &Lab) -> Verdict {
+    lab.vz_only()?;
+    let wanted = match lab.machine() {
+        "kvm" => "kvm-clock",
+        "qemu" => "tsc",
+        other => {
+            return Err(vz_suite::Skip(format!("VZ_TEST_MACHINE is {other}, which does not say which machine it is")));
+        }
+    };
+    let source = "/sys/devices/system/clocksource/clocksource0/current_clocksource";
+    let said = lab.ctr_run(&["--rm"]).args([BUSYBOX, &lab.id("clock"), "cat", source]).run().ok();
+    assert_eq!(said, wanted);
+    Ok(())
+}
+
+/// Runs a privileged shell among the VM's own processes, which brings the VM down, and returns what the log says then.
+fn brought_down(lab: &Lab, what: &str, flags: &[String], script: &str) -> String {
+    let mark = lab.log_position();
+    let events = Recorder::start(lab);
+    let flags: Vec<&str> = ["--privileged", "--with-ns", "pid:/proc/1/ns/pid"]
+        .into_iter()
+        .chain(flags.iter().map(String::as_str))
+        .collect();
+    let task = Task::begin(lab, what, &flags, BUSYBOX, &["sh", "-c", script]);
+    let exit = events.expect_where(&task.id, "/tasks/exit", |event| event.text("id") == task.id);
+    assert_eq!(exit.number("exit_status"), 137);
+    assert_ne!(task.wait().code(), 0);
+    lab.ctr(&["task", "rm", "-f", &task.id]).run();
+    lab.ctr(&["containers", "rm", &task.id]).run().ok();
+    lab.remove_clients_fifos();
+    lab.log_since(mark)
+}
+
+fn a_guest_that_powers_off_ends_its_containers(lab: &Lab) -> Verdict {
+    lab.vz_only()?;
+    let log = brought_down(lab, "off", &[], "sync; poweroff -f; sleep 1000");
+    assert!(log.contains("guest shut down"), "{log}");
+    Ok(())
+}
+
+fn a_guest_whose_kernel_panics_says_why(lab: &Lab) -> Verdict {
+    lab.vz_only()?;
+    let script = "echo 2 >/proc/sys/vm/panic_on_oom && tail /dev/zero; sleep 1000";
+    let log = brought_down(lab, "panic", &annotated("memory-mib", 128), script);
+    assert!(log.contains("guest kernel panicked: Kernel panic - not syncing: Out of memory"), "{log}");
+    Ok(())
+}
+
+fn a_guest_that_loops_can_be_removed(lab: &Lab) -> Verdict {
+    let container = Container::start(lab, "loop", &[BUSYBOX, "sh", "-c", "while :; do :; done"]);
+    until("an exec beside the loop", Duration::from_secs(60), || {
+        (container.exec(&["true"]).run().code() == 0).then_some(())
+    });
+    container.remove();
+    Ok(())
+}
