@@ -170,6 +170,11 @@ impl Lab {
         if self.is_vz() { Ok(()) } else { Err(Skip(format!("about vz, and the runtime is {}", self.runtime))) }
     }
 
+    /// The machine that the shim's configuration names; `auto` where it names none.
+    pub fn machine(&self) -> String {
+        variable("VZ_TEST_MACHINE").unwrap_or_else(|| "auto".into())
+    }
+
     /// `soak` repetitions with `VZ_TEST_SOAK=1`, else `quick` ones.
     pub fn times(&self, quick: usize, soak: usize) -> usize {
         if self.soak { soak } else { quick }

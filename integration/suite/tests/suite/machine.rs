@@ -60,7 +60,7 @@ fn total_kib(meminfo: &str) -> u64 {
 
 fn the_clock_is_the_one_of_the_machine(lab: &Lab) -> Verdict {
     lab.vz_only()?;
-    let wanted = match lab.machine() {
+    let wanted = match lab.machine().as_str() {
         "kvm" => "kvm-clock",
         "qemu" => "tsc",
         other => {
