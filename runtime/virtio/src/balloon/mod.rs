@@ -114,6 +114,8 @@ impl Handle {
 pub struct Balloon {
     space: [u8; SPACE],
     acked: u64,
+    /// The target that the guest's driver was interrupted for.
+    told: u32,
     shared: Arc<Shared>,
     mistakes: Mistakes,
 }
@@ -129,7 +131,7 @@ impl Balloon {
             wake: Wake::new()?,
         });
         let handle = Handle(Arc::clone(&shared));
-        Ok((Self { space: [0; SPACE], acked: 0, shared, mistakes: Mistakes::new("balloon") }, handle))
+        Ok((Self { space: [0; SPACE], acked: 0, told: 0, shared, mistakes: Mistakes::new("balloon") }, handle))
     }
 
     fn field(&self, field: Range<usize>) -> u32 {
@@ -142,10 +144,11 @@ impl Balloon {
         }
     }
 
-    /// Tells the guest of a new target.
+    /// Tells the guest of a target that it has not heard of.
     fn retarget(&mut self, kicks: &mut Kicks) {
         let target = self.shared.target.load(Ordering::Relaxed);
-        if target != self.field(NUM_PAGES) {
+        if target != self.told {
+            self.told = target;
             self.set_field(NUM_PAGES, target);
             kicks.insert_config();
         }
@@ -173,6 +176,7 @@ impl Balloon {
         if again {
             self.shared.wake.signal();
         }
+        self.retarget(&mut kicks);
         Ok(kicks)
     }
 
@@ -327,6 +331,8 @@ impl Backend for Balloon {
 
     fn activate(&mut self, acked: u64) {
         self.acked = acked;
+        // Whatever came before, nobody listened.
+        self.told = 0;
     }
 
     fn sources(&self) -> Vec<Source> {
@@ -339,9 +345,7 @@ impl Backend for Balloon {
 
     fn source(&mut self, _token: u16, queues: Queues<'_, '_>, memory: &Memory) -> Result<Kicks, Error> {
         self.shared.wake.clear();
-        let mut kicks = self.run(queues, memory)?;
-        self.retarget(&mut kicks);
-        Ok(kicks)
+        self.run(queues, memory)
     }
 
     /// The driver starts with an empty balloon; the target stays.

@@ -246,6 +246,18 @@ fn the_guest_is_told_of_a_target_once() {
 }
 
 #[test]
+fn a_driver_that_comes_later_hears_of_the_target() {
+    let mut guest = Guest::new();
+    guest.device.reset();
+    guest.handle.set_target(10 * PAGE);
+    guest.device.source(0, &mut [], &guest.memory).unwrap();
+    guest.device.activate(REPORTING);
+    let mut queues: Vec<_> = guest.queues.iter_mut().map(Some).collect();
+    assert!(guest.device.queue(0, &mut queues, &guest.memory).unwrap().config_changed());
+    assert_eq!(guest.device.config()[..4], [10, 0, 0, 0]);
+}
+
+#[test]
 fn only_the_guests_own_fields_can_be_written() {
     let (mut device, _handle) = Balloon::new().unwrap();
     device.write_config(0, &[1; 32]);
