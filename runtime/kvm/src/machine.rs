@@ -32,7 +32,7 @@ pub const MAX_VCPUS: u32 = 254;
 pub const MAX_DEVICES: usize = (layout::LAST_GSI - layout::FIRST_GSI + 1) as usize;
 /// What the kernel needs to know about this machine. The rest it finds in ACPI; no 8250 is probed, since the console is a
 /// virtio one, and what comes before that or in a panic goes out through the first serial port.
-pub const KERNEL_ARGUMENTS: &str = "console=hvc0 earlyprintk=ttyS0 8250.nr_uarts=0 quiet panic=-1 reboot=a,k pci=off swiotlb=noforce cryptomgr.notests";
+pub const KERNEL_ARGUMENTS: &str = "quiet console=hvc0 earlyprintk=ttyS0 8250.nr_uarts=0 panic=-1 reboot=a,k pci=off swiotlb=noforce cryptomgr.notests";
 
 /// What to make.
 #[derive(Debug)]
@@ -65,6 +65,8 @@ pub struct Machine {
 pub struct Running {
     /// Notifications and interrupts are connected for as long as this is open.
     _vm: VmFd,
+    /// What KVM's memory slots are made of.
+    _memory: Memory,
 }
 
 /// How a running machine tells its end.
@@ -179,7 +181,7 @@ impl Machine {
             let ending = ending.clone();
             vcpu.start(move |end| ending.end(end), Arc::clone(on_failure))?;
         }
-        Ok(Running { _vm: vm })
+        Ok(Running { _vm: vm, _memory: memory })
     }
 }
 
@@ -202,3 +204,6 @@ fn connect(vm: &VmFd, device: &Device, slot: Slot) -> Result<(), Error> {
     }
     vm.register_irqfd(device.interrupt.line(), slot.gsi).map_err(Error::kvm("connect interrupt"))
 }
+
+#[cfg(test)]
+mod tests;

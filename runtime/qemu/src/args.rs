@@ -78,6 +78,8 @@ pub fn arguments(config: &Config<'_>, first: RawFd) -> Vec<String> {
     }
     add("object", "rng-builtin,id=rng".into());
     add("device", "virtio-rng-device,rng=rng".into());
+    // Memory that the guest frees goes back to the host.
+    add("device", "virtio-balloon-device,free-page-reporting=on,deflate-on-oom=on".into());
     args
 }
 

@@ -6,6 +6,7 @@ use vz_suite::{
     Lab, Verdict,
     container::{Container, Task},
     events::Recorder,
+    host::{Role, await_process, find},
     lab::BUSYBOX,
     poll::until,
     tests,
@@ -15,6 +16,7 @@ tests![
     a_vm_has_the_vcpus_that_were_asked_for,
     a_vm_has_the_memory_that_was_asked_for,
     the_clock_is_the_one_of_the_machine,
+    memory_that_the_guest_frees_goes_back_to_the_host,
     a_guest_that_powers_off_ends_its_containers,
     a_guest_whose_kernel_panics_says_why,
     a_guest_that_loops_can_be_removed,
@@ -70,6 +72,41 @@ fn the_clock_is_the_one_of_the_machine(lab: &Lab) -> Verdict {
     let source = "/sys/devices/system/clocksource/clocksource0/current_clocksource";
     let said = lab.ctr_run(&["--rm"]).args([BUSYBOX, &lab.id("clock"), "cat", source]).run().ok();
     assert_eq!(said, wanted);
+    Ok(())
+}
+
+/// What a sandbox costs the host, in MiB: its own memory, and its share of what it shares.
+fn pss_mib(task: &str, role: Role) -> u64 {
+    let process = await_process(task, role);
+    let rollup = std::fs::read_to_string(format!("/proc/{}/smaps_rollup", process.pid)).expect("read smaps_rollup");
+    let line = rollup.lines().find_map(|line| line.strip_prefix("Pss:")).expect("Pss");
+    line.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") / 1024
+}
+
+fn memory_that_the_guest_frees_goes_back_to_the_host(lab: &Lab) -> Verdict {
+    lab.vz_only()?;
+    let flags = annotated("memory-mib", 2048);
+    let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
+    let task = Task::start(lab, "freed", &flags, BUSYBOX, &["sleep", "1000"]);
+    // Guest memory is the vmm's own, or QEMU's.
+    let role = if find(&task.id, Role::Qemu).is_some() { Role::Qemu } else { Role::Vmm };
+    let before = pss_mib(&task.id, role);
+    // A line of this length is kept whole, and then given up with the process.
+    let hog = task.exec(&["sh", "-c", "head -c 1073741824 /dev/zero | tail -n 1 | (sleep 2; wc -c)"]);
+    let hog = hog.deadline(300).start();
+    until("the memory to be used", Duration::from_secs(300), || {
+        (pss_mib(&task.id, role) >= before + 900).then_some(())
+    });
+    assert_eq!(hog.wait().ok(), "1073741824");
+    let begun = std::time::Instant::now();
+    until("the memory to come back", Duration::from_secs(10), || {
+        (pss_mib(&task.id, role) <= before + 100).then_some(())
+    });
+    println!(
+        "  {before} MiB before, {} MiB {} ms after it was freed",
+        pss_mib(&task.id, role),
+        begun.elapsed().as_millis()
+    );
     Ok(())
 }
 
