@@ -2,7 +2,7 @@
 
 SUITE_FILTER ?=
 
-.PHONY: test-unit test-integration test-runc
+.PHONY: test-unit test-integration test-runc test-kvm test-kvm-core
 
 test-unit: ## Unit tests of all crates
 	@$(CARGO) test --locked -q --workspace --exclude vz-suite
@@ -13,3 +13,9 @@ test-integration: build bundle ## Integration tests: real containerd, real guest
 
 test-runc: ## The same tests against runc, which tells a wrong test from a wrong shim
 	@VZ_TEST_RUNTIME=io.containerd.runc.v2 $(CARGO) test --locked -q -p vz-suite --test suite -- $(SUITE_FILTER)
+
+test-kvm: build bundle ## The same tests on the KVM machine, in a host VM whose KVM works (SUITE_FILTER as above; all: over an hour)
+	@integration/suite-kvm $(SUITE_FILTER)
+
+test-kvm-core: build bundle ## Of these the core that CI runs; says which tests are left out
+	@integration/suite-kvm core

@@ -13,6 +13,7 @@ prepare_storage() {
     overlay_works "$state_dir/data" ||
       die "overlayfs does not work here, not even on a tmpfs: try VZ_DEVBOX_SNAPSHOTTER=native"
   fi
+  [[ -z ${VZ_DEVBOX_SEED:-} ]] || plant "$VZ_DEVBOX_SEED"
   mkdir -p "$state_dir"/data/{root,registry,nerdctl,ipam,loaded} "$state_dir"/{certs.d/_default,cni/pods,cni/nerdctl}
 }
 
@@ -93,6 +94,12 @@ imports = ["$state_dir/conf.d/*.toml"]   # for experiments: then run "devbox up"
 [plugins.'io.containerd.internal.v1.opt']
   path = '$state_dir/data/opt'
 T
+  if ((patience > 1)); then
+    # containerd gives up on a shim that is as slow as the rest of an emulated machine
+    printf '[timeouts]\n'
+    printf "  'io.containerd.timeout.%s' = '%ss'\n" shim.cleanup "$((5 * patience))" shim.load "$((5 * patience))" \
+      shim.shutdown "$((3 * patience))" task.state "$((2 * patience))" metrics.shimstats "$((2 * patience))"
+  fi
   # a shim socket's path is this directory and 65 characters
   if ((${#state_dir} + 6 <= 42)); then
     printf "[plugins.'io.containerd.shim.v1.manager']\n  socket_dir = '%s'\n" "$state_dir/run/s"

@@ -35,7 +35,7 @@ daemon_failed() {
 
 # wait_for NAME SECONDS COMMAND...: until the command succeeds; at once an error when the daemon has died
 wait_for() {
-  local name=$1 limit=$((SECONDS + $2)); shift 2
+  local name=$1 limit=$((SECONDS + $2 * patience)); shift 2
   until "$@" >/dev/null 2>&1; do
     # the marker is not visible between fork and exec: only the process counts
     kill -0 "$(<"$state_dir/run/$name.pid")" 2>/dev/null || daemon_failed "$name" "did not start"
@@ -49,7 +49,7 @@ registry_answers() {
   printf 'GET /v2/ HTTP/1.0\r\n\r\n' >&3
   grep -q 'registry/2.0' <&3
 }
-containerd_answers() { ctr_ --connect-timeout 10s version; }
+containerd_answers() { ctr_ --connect-timeout "$((10 * patience))s" version; }
 ctr_() { "$bin_dir/ctr" -a "$sock" "$@"; }
 
 start_daemons() {
@@ -76,7 +76,7 @@ start_daemons() {
 }
 
 wait_gone() { # wait_gone SECONDS PID...: until none of them runs; they are not our children, so there is no event to wait for
-  local limit=$((SECONDS + $1)) pid; shift
+  local limit=$((SECONDS + $1 * patience)) pid; shift
   for pid; do
     while [[ -d /proc/$pid && $(awk '$1 == "State:" { print $2 }' "/proc/$pid/status" 2>/dev/null) != [ZX] ]]; do
       ((SECONDS < limit)) || return 1
@@ -89,17 +89,17 @@ stop_daemon() {
   local pid
   if pid=$(daemon_pid "$1"); then
     kill "$pid"
-    wait_gone 15 "$pid" || { say "warning: $1 ignored SIGTERM for 15 s: killing it"; kill -9 "$pid"; wait_gone 5 "$pid"; }
+    wait_gone 15 "$pid" || { say "warning: $1 ignored SIGTERM for $((15 * patience)) s: killing it"; kill -9 "$pid"; wait_gone 5 "$pid"; }
   fi
   rm -f -- "$state_dir/run/$1.pid"
 }
 
 # ---- taking everything down --------------------------------------------------
 # A runtime under development may hang: every call has a deadline, and what it did not do is done by hand.
-polite() { timeout -k 5 "${1}" "${@:2}" >/dev/null 2>&1; }
+polite() { timeout -k 5 "$(($1 * patience))" "${@:2}" >/dev/null 2>&1; }
 
 listed() { # listed CTR-ARGUMENTS: names, or a warning when containerd does not answer
-  timeout 20 "$bin_dir/ctr" -a "$sock" "$@" -q 2>/dev/null || say "warning: containerd does not answer 'ctr $*'"
+  timeout "$((20 * patience))" "$bin_dir/ctr" -a "$sock" "$@" -q 2>/dev/null || say "warning: containerd does not answer 'ctr $*'"
 }
 
 remove_containers() {

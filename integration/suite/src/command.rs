@@ -15,6 +15,8 @@ use rustix::{
     process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open},
 };
 
+use crate::poll::{patiently, try_until};
+
 /// How long a program may take if a test does not say otherwise; generous, for a machine that is emulated.
 const DEADLINE: Duration = Duration::from_secs(90);
 /// Bytes of output that a failure quotes.
@@ -94,7 +96,7 @@ impl Program {
         self
     }
 
-    /// May take this long.
+    /// May take this long, [`patiently`].
     #[must_use]
     pub fn deadline(mut self, seconds: u64) -> Self {
         self.deadline = Duration::from_secs(seconds);
@@ -168,7 +170,7 @@ impl Running {
     /// Waits until it has written `wanted`.
     #[track_caller]
     pub fn expect(&self, wanted: &str) {
-        let found = crate::poll::try_until(self.deadline, || self.stdout().contains(wanted).then_some(()));
+        let found = try_until(self.deadline, || self.stdout().contains(wanted).then_some(()));
         if found.is_none() {
             panic!("{}: wrote no {wanted:?}: {:?} {:?}", self.text, self.stdout(), self.stderr());
         }
@@ -184,18 +186,22 @@ impl Running {
     /// Waits for its end, or fails the test when that takes too long.
     #[track_caller]
     pub fn wait(mut self) -> Output {
-        let left = self.deadline.saturating_sub(self.begun.elapsed());
-        match self.wait_at_most(left) {
+        let deadline = patiently(self.deadline);
+        match self.wait_for(deadline.saturating_sub(self.begun.elapsed())) {
             Some(output) => output,
             None => {
                 let (out, err) = (self.stdout(), self.stderr());
-                panic!("{}: not done after {} s\n{}{}", self.text, self.deadline.as_secs(), quote(&out), quote(&err))
+                panic!("{}: not done after {} s\n{}{}", self.text, deadline.as_secs(), quote(&out), quote(&err))
             }
         }
     }
 
-    /// Waits for its end for at most this long.
+    /// Waits for its end for at most this long, [`patiently`].
     pub fn wait_at_most(&mut self, time: Duration) -> Option<Output> {
+        self.wait_for(patiently(time))
+    }
+
+    fn wait_for(&mut self, time: Duration) -> Option<Output> {
         drop(self.stdin.take());
         let child = self.child.as_mut()?;
         if !ended(child, time) {

@@ -12,7 +12,12 @@ use std::{
     time::Duration,
 };
 
-use crate::{Skip, Verdict, command::Program, host, leaks, poll::until};
+use crate::{
+    Skip, Verdict,
+    command::Program,
+    host, leaks,
+    poll::{patience, until},
+};
 
 /// The small image.
 pub const BUSYBOX: &str = "vz.test/busybox:1";
@@ -20,6 +25,8 @@ pub const BUSYBOX: &str = "vz.test/busybox:1";
 pub const DEBIAN: &str = "vz.test/debian:12";
 /// What all containers of the suite have in their names.
 pub const PREFIX: &str = "vzt-";
+/// The shim's own deadlines, in seconds.
+const TIMEOUTS: [(&str, u32); 3] = [("boot_s", 30), ("agent_s", 30), ("drain_s", 10)];
 /// Log lines that a failure quotes.
 const LOG_LINES: usize = 25;
 
@@ -260,11 +267,7 @@ impl Lab {
     // ---- breaking it ----
 
     fn write_config(&self, extra: &str) {
-        let mut text = String::new();
-        if let Some(machine) = variable("VZ_TEST_MACHINE") {
-            writeln!(text, "machine = {machine:?}").expect("write to a string");
-        }
-        text.push_str(extra);
+        let text = configuration(variable("VZ_TEST_MACHINE").as_deref(), patience(), extra);
         let path = self.files.join("config.toml");
         fs::write(&path, text).unwrap_or_else(|e| panic!("write {}: {e}", path.display()));
     }
@@ -367,6 +370,21 @@ impl Lab {
     }
 }
 
+/// The shim's configuration: what this run is for, unless `extra` says otherwise, and `extra`.
+fn configuration(machine: Option<&str>, patience: u32, extra: &str) -> String {
+    let mut text = String::new();
+    let says = |key: &str| extra.lines().any(|line| line.trim_start().starts_with(key));
+    if let Some(machine) = machine.filter(|_| !says("machine")) {
+        writeln!(text, "machine = {machine:?}").expect("write to a string");
+    }
+    if patience > 1 && !says("[timeouts]") {
+        for (key, seconds) in TIMEOUTS {
+            writeln!(text, "timeouts.{key} = {}", seconds * patience).expect("write to a string");
+        }
+    }
+    text + extra
+}
+
 /// Puts the shim's configuration and guest bundle back.
 #[derive(Debug)]
 pub struct Restore<'l>(&'l Lab);
@@ -375,5 +393,19 @@ impl Drop for Restore<'_> {
     fn drop(&mut self) {
         self.0.write_config("");
         self.0.link_bundle(&self.0.bundle);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::configuration;
+
+    #[test]
+    fn a_tests_own_configuration_wins() {
+        assert_eq!(configuration(None, 1, ""), "");
+        assert_eq!(configuration(Some("kvm"), 1, "[vm]\n"), "machine = \"kvm\"\n[vm]\n");
+        assert_eq!(configuration(Some("kvm"), 1, "machine = \"qemu\"\n"), "machine = \"qemu\"\n");
+        assert!(configuration(Some("kvm"), 4, "").ends_with("timeouts.drain_s = 40\n"));
+        assert_eq!(configuration(None, 4, "[timeouts]\nboot_s = 1\n"), "[timeouts]\nboot_s = 1\n");
     }
 }

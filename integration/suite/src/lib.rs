@@ -7,6 +7,7 @@
 //! | --- | --- | --- |
 //! | `VZ_TEST_RUNTIME` | the runtime of all containers; `io.containerd.runc.v2` tells a wrong test from a wrong shim | `io.containerd.vz.v2` |
 //! | `VZ_TEST_MACHINE` | `machine` of the shim's configuration | the shim's own default |
+//! | `VZ_PATIENCE` | how many times longer than usual everything may take: for an emulated host; the devbox has it too | `1` |
 //! | `VZ_TEST_SOAK` | `1`: more repetitions where races are looked for | off |
 //! | `VZ_TEST_KEEP` | `1`: leave the devbox up | off, if the suite started it |
 //! | `VZ_TEST_DEVBOX` | the devbox's directory; the suite's own files are next to it | `/var/tmp/vzt` |

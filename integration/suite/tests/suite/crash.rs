@@ -11,7 +11,7 @@ use vz_suite::{
     events::Recorder,
     host::{self, Role, await_process, find},
     lab::{BUSYBOX, DEBIAN},
-    poll::{try_until, until},
+    poll::{patiently, try_until, until},
     tests,
 };
 
@@ -119,7 +119,7 @@ fn killed_during_create(lab: &Lab, role: Role) -> Verdict {
         let task = Task::begin(lab, "making", &[], BUSYBOX, &["sleep", "1000"]);
         let process = await_process(&task.id, role);
         // Not to wait for anything: to be at another point of the creation each time.
-        thread::sleep(Duration::from_millis(delay));
+        thread::sleep(patiently(Duration::from_millis(delay)));
         host::kill(&process);
         assert_ne!(task.wait().code(), 0, "killed after {delay} ms");
         lab.ctr(&["task", "rm", "-f", &task.id]).run();
@@ -220,7 +220,7 @@ fn containerd_is_killed_during_create(lab: &Lab) -> Verdict {
         let task = Task::begin(lab, "making", &[], BUSYBOX, &["sleep", "1000"]);
         until("the shim", Duration::from_secs(20), || find(&task.id, Role::Shim));
         // Not to wait for anything: to be at another point of the creation each time.
-        thread::sleep(Duration::from_millis(delay));
+        thread::sleep(patiently(Duration::from_millis(delay)));
         host::kill(&lab.containerd());
         task.wait();
         lab.start_containerd();
