@@ -367,7 +367,9 @@ impl Sandbox {
         };
         match ended.map(|ended| ended.cause) {
             _ if self.ending.load(Ordering::Relaxed) => tracing::debug!("vm has ended"),
-            Some(Cause::Killed | Cause::Shutdown) => tracing::info!(why, "vm has ended"),
+            Some(Cause::Killed) => tracing::info!(why, "vm has ended"),
+            // Nobody here asked for it, and its containers are gone.
+            Some(Cause::Shutdown) => tracing::warn!(why, "vm has ended"),
             cause => tracing::error!(?cause, why, "vm has ended"),
         }
         self.agent.down(&why);

@@ -64,6 +64,7 @@ fn the_clock_is_the_one_of_the_machine(lab: &Lab) -> Verdict {
     lab.vz_only()?;
     let wanted = match lab.machine().as_str() {
         "kvm" => "kvm-clock",
+        // Its name until the kernel trusts it, a second later, is tsc-early.
         "qemu" => "tsc",
         other => {
             return Err(vz_suite::Skip(format!("VZ_TEST_MACHINE is {other}, which does not say which machine it is")));
@@ -71,7 +72,7 @@ fn the_clock_is_the_one_of_the_machine(lab: &Lab) -> Verdict {
     };
     let source = "/sys/devices/system/clocksource/clocksource0/current_clocksource";
     let said = lab.ctr_run(&["--rm"]).args([BUSYBOX, &lab.id("clock"), "cat", source]).run().ok();
-    assert_eq!(said, wanted);
+    assert!(said.starts_with(wanted), "{said}");
     Ok(())
 }
 
@@ -85,19 +86,17 @@ fn pss_mib(task: &str, role: Role) -> u64 {
 
 fn memory_that_the_guest_frees_goes_back_to_the_host(lab: &Lab) -> Verdict {
     lab.vz_only()?;
-    let flags = annotated("memory-mib", 2048);
-    let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
-    let task = Task::start(lab, "freed", &flags, BUSYBOX, &["sleep", "1000"]);
+    let [option, annotation] = annotated("memory-mib", 2048);
+    let tmpfs = "type=tmpfs,src=tmpfs,dst=/big,options=size=1200m";
+    let task = Task::start(lab, "freed", &[&option, &annotation, "--mount", tmpfs], BUSYBOX, &["sleep", "1000"]);
     // Guest memory is the vmm's own, or QEMU's.
     let role = if find(&task.id, Role::Qemu).is_some() { Role::Qemu } else { Role::Vmm };
     let before = pss_mib(&task.id, role);
-    // A line of this length is kept whole, and then given up with the process.
-    let hog = task.exec(&["sh", "-c", "head -c 1073741824 /dev/zero | tail -n 1 | (sleep 2; wc -c)"]);
-    let hog = hog.deadline(300).start();
-    until("the memory to be used", Duration::from_secs(300), || {
-        (pss_mib(&task.id, role) >= before + 900).then_some(())
-    });
-    assert_eq!(hog.wait().ok(), "1073741824");
+    let fill = task.exec(&["dd", "if=/dev/zero", "of=/big/file", "bs=1M", "count=1024"]);
+    fill.deadline(300).run().ok();
+    let full = pss_mib(&task.id, role);
+    assert!(full >= before + 1000, "{before} MiB before, {full} MiB with a file of 1 GiB");
+    task.exec(&["rm", "/big/file"]).run().ok();
     let begun = std::time::Instant::now();
     until("the memory to come back", Duration::from_secs(10), || {
         (pss_mib(&task.id, role) <= before + 100).then_some(())
@@ -110,35 +109,35 @@ fn memory_that_the_guest_frees_goes_back_to_the_host(lab: &Lab) -> Verdict {
     Ok(())
 }
 
-/// Runs a privileged shell among the VM's own processes, which brings the VM down, and returns what the log says then.
-fn brought_down(lab: &Lab, what: &str, flags: &[String], script: &str) -> String {
-    let mark = lab.log_position();
-    let events = Recorder::start(lab);
-    let flags: Vec<&str> = ["--privileged", "--with-ns", "pid:/proc/1/ns/pid"]
-        .into_iter()
-        .chain(flags.iter().map(String::as_str))
-        .collect();
-    let task = Task::begin(lab, what, &flags, BUSYBOX, &["sh", "-c", script]);
-    let exit = events.expect_where(&task.id, "/tasks/exit", |event| event.text("id") == task.id);
+/// Waits for a task's end that its VM brought about, and returns what the log says about it since `mark`.
+fn brought_down(lab: &Lab, events: &Recorder, id: &str, mark: u64) -> String {
+    let exit = events.expect_where(id, "/tasks/exit", |event| event.text("id") == id);
     assert_eq!(exit.number("exit_status"), 137);
-    assert_ne!(task.wait().code(), 0);
-    lab.ctr(&["task", "rm", "-f", &task.id]).run();
-    lab.ctr(&["containers", "rm", &task.id]).run().ok();
-    lab.remove_clients_fifos();
     lab.log_since(mark)
 }
 
 fn a_guest_that_powers_off_ends_its_containers(lab: &Lab) -> Verdict {
     lab.vz_only()?;
-    let log = brought_down(lab, "off", &[], "sync; poweroff -f; sleep 1000");
+    let (mark, events) = (lab.log_position(), Recorder::start(lab));
+    // Software emulation has no power switch: there, a guest ends by a reset.
+    let off = if lab.machine() == "kvm" { "poweroff" } else { "reboot" };
+    let script = format!("sync; {off} -f; sleep 1000");
+    // Among the VM's own processes, where the call is not about a namespace only.
+    let container =
+        Container::start(lab, "off", &["--pid", "host", "--cap-add", "SYS_BOOT", BUSYBOX, "sh", "-c", &script]);
+    let log = brought_down(lab, &events, &container.id, mark);
     assert!(log.contains("guest shut down"), "{log}");
     Ok(())
 }
 
 fn a_guest_whose_kernel_panics_says_why(lab: &Lab) -> Verdict {
     lab.vz_only()?;
-    let script = "echo 2 >/proc/sys/vm/panic_on_oom && tail /dev/zero; sleep 1000";
-    let log = brought_down(lab, "panic", &annotated("memory-mib", 128), script);
+    let (mark, events) = (lab.log_position(), Recorder::start(lab));
+    let [option, annotation] = annotated("memory-mib", 128);
+    let script = "mount -t proc proc /mnt && echo 2 >/mnt/sys/vm/panic_on_oom && tail /dev/zero; sleep 1000";
+    let flags = ["--cap-add", "SYS_ADMIN", &option, &annotation, BUSYBOX, "sh", "-c", script];
+    let container = Container::start(lab, "panic", &flags);
+    let log = brought_down(lab, &events, &container.id, mark);
     assert!(log.contains("guest kernel panicked: Kernel panic - not syncing: Out of memory"), "{log}");
     Ok(())
 }
