@@ -73,15 +73,9 @@ impl Receiver {
                 progress.more = true;
                 break;
             }
-            match window.fill(queue)? {
-                Filled::Enough => {}
-                Filled::Bad(e) => {
-                    mistakes.note(&e);
-                    progress.used = true;
-                    continue;
-                }
-            }
-            match self.frame(port, &mut window, queue)? {
+            window.fill(queue)?;
+            progress.used |= window.retire(queue, mistakes)?;
+            match self.frame(port, &mut window, queue, mistakes)? {
                 Step::Delivered => progress.used = true,
                 Step::Again => {}
                 Step::Dropped => {
@@ -101,12 +95,18 @@ impl Receiver {
         Ok(progress)
     }
 
-    fn frame(&mut self, port: &impl Port, window: &mut Window<'_>, queue: &mut Queue) -> Result<Step, Error> {
+    fn frame(
+        &mut self,
+        port: &impl Port,
+        window: &mut Window<'_>,
+        queue: &mut Queue,
+        mistakes: &mut Mistakes,
+    ) -> Result<Step, Error> {
         if self.held > 0 {
             if window.room >= self.held {
                 let frame = self.waiting.get_mut(..self.held).unwrap_or_default();
                 self.held = 0;
-                window.deliver_copy(queue, frame)?;
+                window.deliver_copy(queue, frame, mistakes)?;
                 return Ok(Step::Delivered);
             }
             if window.is_full() {
@@ -117,7 +117,7 @@ impl Receiver {
         }
         if window.room >= MAX_FRAME {
             return match self.received(readv(port.as_fd(), window.pieces.make_contiguous(), None)) {
-                Some(len) => window.deliver(queue, len).map(|()| Step::Delivered),
+                Some(len) => window.deliver(queue, len, mistakes).map(|()| Step::Delivered),
                 None => Ok(Step::Again),
             };
         }
@@ -160,18 +160,14 @@ enum Step {
     Room,
 }
 
-enum Filled {
-    /// With as much as is needed, or all that there is.
-    Enough,
-    /// A chain was returned with nothing.
-    Bad(BadFrame),
-}
-
 /// One chain of a window.
 struct Room {
     head: u16,
     len: usize,
     pieces: usize,
+    /// Why nothing can be put there: then it has no bytes. It is returned when its turn comes, since what is left of a
+    /// window is put back into the queue by stepping back.
+    bad: Option<BadFrame>,
 }
 
 /// The buffers that the next frames go to.
@@ -195,7 +191,8 @@ impl<'a> Window<'a> {
         self.chains.len() >= self.limit || self.pieces.len() > MAX_PIECES.saturating_sub(MAX_CHAIN_PIECES)
     }
 
-    fn fill(&mut self, queue: &mut Queue) -> Result<Filled, Error> {
+    /// Takes buffers off the queue until there is room for any frame, or none are left.
+    fn fill(&mut self, queue: &mut Queue) -> Result<(), Error> {
         while self.room < MAX_FRAME && !self.is_full() {
             let Some(chain) = queue.iter(self.memory).map_err(Error::Ring)?.next() else { break };
             let head = chain.head_index();
@@ -205,7 +202,7 @@ impl<'a> Window<'a> {
                     let len = room.len();
                     let pieces = room.into_pieces();
                     if pieces.len() <= MAX_CHAIN_PIECES {
-                        self.chains.push_back(Room { head, len, pieces: pieces.len() });
+                        self.chains.push_back(Room { head, len, pieces: pieces.len(), bad: None });
                         self.pieces.extend(pieces);
                         self.room = self.room.saturating_add(len);
                         continue;
@@ -214,19 +211,35 @@ impl<'a> Window<'a> {
                 }
                 Err(e) => BadFrame::Chain(e),
             };
-            queue.add_used(self.memory, head, 0).map_err(Error::Ring)?;
-            return Ok(Filled::Bad(bad));
+            self.chains.push_back(Room { head, len: 0, pieces: 0, bad: Some(bad) });
         }
-        Ok(Filled::Enough)
+        Ok(())
+    }
+
+    /// Returns the buffers at the front that nothing can be put into; whether there were any.
+    fn retire(&mut self, queue: &mut Queue, mistakes: &mut Mistakes) -> Result<bool, Error> {
+        let mut any = false;
+        while let Some(Room { head, bad: Some(bad), .. }) = self.chains.front() {
+            mistakes.note(bad);
+            queue.add_used(self.memory, *head, 0).map_err(Error::Ring)?;
+            self.chains.pop_front();
+            any = true;
+        }
+        Ok(any)
     }
 
     /// Hands a frame to the guest that is in the first bytes already.
-    fn deliver(&mut self, queue: &mut Queue, len: usize) -> Result<(), Error> {
+    ///
+    /// A bad buffer between others is counted as one of the frame's: the guest looks for as many as it is told.
+    fn deliver(&mut self, queue: &mut Queue, len: usize, mistakes: &mut Mistakes) -> Result<(), Error> {
         let mut left = len;
         let mut used = Vec::with_capacity(1);
         let mut pieces = 0usize;
         while left > 0 {
             let Some(room) = self.chains.pop_front() else { break };
+            if let Some(bad) = &room.bad {
+                mistakes.note(bad);
+            }
             let part = room.len.min(left);
             left = left.saturating_sub(part);
             pieces = pieces.saturating_add(room.pieces);
@@ -240,9 +253,9 @@ impl<'a> Window<'a> {
     }
 
     /// As [`Window::deliver`], for a frame that has room and was read elsewhere.
-    fn deliver_copy(&mut self, queue: &mut Queue, frame: &[u8]) -> Result<(), Error> {
+    fn deliver_copy(&mut self, queue: &mut Queue, frame: &[u8], mistakes: &mut Mistakes) -> Result<(), Error> {
         self.write_at(0, frame);
-        self.deliver(queue, frame.len())
+        self.deliver(queue, frame.len(), mistakes)
     }
 
     /// Writes at an offset from the first buffer's start.

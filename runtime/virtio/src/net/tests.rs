@@ -386,6 +386,34 @@ fn malformed_receive_buffers_are_counted_and_returned() {
 }
 
 #[test]
+fn a_malformed_receive_buffer_behind_a_good_one_is_returned_once_and_in_order() {
+    let mut guest = Guest::new(ALL);
+    let bad = |guest: &mut Guest| guest.rings[RX].add(&guest.memory, &[out(RX_BUFFERS, 2000)]);
+    guest.post(1, 1536);
+    bad(&mut guest);
+    guest.post(2, 1536);
+    // Nothing to receive: all stays where it is.
+    guest.run();
+    guest.run();
+    assert_eq!(guest.rings[RX].take_used(&guest.memory).map(|(_, len)| len), None);
+    guest.network[0].send(&numbered(1, 1000)).unwrap();
+    guest.run_on();
+    assert_eq!(guest.received(), Some(counted(numbered(1, 1000), 1)));
+    assert_eq!((guest.chain(), guest.mistakes()), (Some(vec![]), 1));
+    // One in the middle of a frame's buffers is counted among them.
+    bad(&mut guest);
+    guest.post(100, 1536);
+    guest.network[0].send(&numbered(2, 4000)).unwrap();
+    guest.run_on();
+    assert!(guest.received() == Some(counted(numbered(2, 4000), 4)));
+    assert_eq!(guest.mistakes(), 2);
+    guest.network[0].send(&numbered(3, 4000)).unwrap();
+    guest.run_on();
+    assert!(guest.received() == Some(counted(numbered(3, 4000), 3)));
+    assert_eq!(guest.rings[RX].take_used(&guest.memory).map(|(_, len)| len), None);
+}
+
+#[test]
 fn a_network_without_room_makes_the_guest_wait() {
     let mut guest = Guest::new(ALL);
     for _ in 0..100 {
