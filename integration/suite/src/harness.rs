@@ -178,18 +178,21 @@ fn run_all(lab: &Lab, tests: &[Test], results: &mut Results) {
             println!("failed at {location}");
         }
     }));
+    // How the host looks after a test is how it looks before the next one; where something was left, it is looked at again.
+    let mut known = None;
     for test in tests {
         let name = test.full_name();
         let begun = Instant::now();
-        let outcome = run(lab, test);
+        let before = known.take().unwrap_or_else(|| leaks::Snapshot::take(lab));
+        let (outcome, after) = run(lab, test, &before);
+        known = after;
         results.add(&name, outcome, begun.elapsed());
     }
     drop(panic::take_hook());
 }
 
-fn run(lab: &Lab, test: &Test) -> Outcome {
+fn run(lab: &Lab, test: &Test, before: &leaks::Snapshot) -> (Outcome, Option<leaks::Snapshot>) {
     let mark = lab.log_position();
-    let before = leaks::Snapshot::take(lab);
     let result = panic::catch_unwind(AssertUnwindSafe(|| (test.run)(lab)));
     let mut reasons = Vec::new();
     if let Err(payload) = &result {
@@ -203,13 +206,13 @@ fn run(lab: &Lab, test: &Test) -> Outcome {
         Ok(_) => {}
         Err(payload) => reasons.push(format!("removing its containers: {}", panic_text(payload.as_ref()))),
     }
-    let left = before.settle(lab);
+    let (left, after) = before.settle(lab);
     if !left.is_empty() {
         let list: Vec<_> = left.iter().map(|item| format!("\n  {item}")).collect();
         reasons.push(format!("leaked:{}", list.concat()));
         leaks::kill(&left);
     }
-    match result {
+    let outcome = match result {
         _ if !reasons.is_empty() => {
             let log = lab.log_since(mark);
             if !log.is_empty() {
@@ -219,7 +222,8 @@ fn run(lab: &Lab, test: &Test) -> Outcome {
         }
         Ok(Err(Skip(reason))) => Outcome::Skipped(reason),
         _ => Outcome::Passed,
-    }
+    };
+    (outcome, left.is_empty().then_some(after))
 }
 
 fn panic_text(payload: &(dyn Any + Send)) -> String {

@@ -65,31 +65,41 @@ impl Snapshot {
         Self(look.items)
     }
 
-    /// What is there now and was not then, once all that ends by itself has ended. Says so when that takes long.
-    pub fn settle(&self, lab: &Lab) -> Vec<Item> {
-        let mut left = self.settle_within(lab, SLOW);
-        if !left.is_empty() {
+    /// What is there now and was not then, once all that ends by itself has ended, and how the host looks now. Says so when
+    /// that takes long.
+    pub fn settle(&self, lab: &Lab) -> (Vec<Item>, Self) {
+        let mut now = self.settle_within(lab, SLOW);
+        if !now.0.is_empty() {
             let begun = Instant::now();
-            let slow: Vec<_> = left.iter().map(ToString::to_string).collect();
-            left = self.settle_within(lab, SETTLE);
+            let slow: Vec<_> = now.0.iter().map(ToString::to_string).collect();
+            now = self.settle_within(lab, SETTLE);
             println!("  still there {:.1} s after the test: {}", begun.elapsed().as_secs_f64(), slow.join(", "));
         }
-        left
+        now
     }
 
     /// The same, with another deadline.
-    pub fn settle_within(&self, lab: &Lab, deadline: Duration) -> Vec<Item> {
-        let mut left = Vec::new();
+    pub fn settle_within(&self, lab: &Lab, deadline: Duration) -> (Vec<Item>, Self) {
+        let mut last = None;
         let settled = try_until(deadline, || {
-            left = self.new_since(lab);
-            left.is_empty().then_some(())
+            let now = Self::take(lab);
+            let left = now.beyond(self);
+            if left.is_empty() {
+                return Some((left, now));
+            }
+            last = Some((left, now));
+            None
         });
-        if settled.is_some() { Vec::new() } else { left }
+        settled.or(last).expect("it was looked at once at least")
     }
 
     /// What is there now and was not then.
     pub fn new_since(&self, lab: &Lab) -> Vec<Item> {
-        Self::take(lab).0.difference(&self.0).cloned().collect()
+        Self::take(lab).beyond(self)
+    }
+
+    fn beyond(&self, before: &Self) -> Vec<Item> {
+        self.0.difference(&before.0).cloned().collect()
     }
 }
 

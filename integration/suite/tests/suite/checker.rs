@@ -119,7 +119,7 @@ fn leaked_containers_are_found(lab: &Lab) -> Verdict {
     lab.ctr(&["containers", "create", vz_suite::lab::BUSYBOX, &id]).run().ok();
     finds(&before, lab, &["container", "snapshot"]);
     lab.ctr(&["containers", "rm", &id]).run().ok();
-    let left = before.settle(lab);
+    let (left, _) = before.settle(lab);
     assert_eq!(left, []);
     Ok(())
 }
@@ -130,10 +130,10 @@ fn what_ends_by_itself_is_waited_for(lab: &Lab) -> Verdict {
     fs::copy("/bin/sleep", &program).map_err(|e| Skip(format!("copy sleep: {e}")))?;
     let before = Snapshot::take(lab);
     let planted = Program::new(&program).args(["1"]).start();
-    assert_eq!(before.settle(lab), []);
+    assert_eq!(before.settle(lab).0, []);
     drop(planted);
     let planted = Program::new(&program).args(["1000"]).start();
-    let left = before.settle_within(lab, Duration::from_millis(300));
+    let (left, _) = before.settle_within(lab, Duration::from_millis(300));
     assert_eq!(left.len(), 1, "{left:?}");
     drop(planted);
     Ok(())
