@@ -4,7 +4,7 @@
 cri_dir() {
   # a devbox that never had Go can be taken down without it
   command -v go >/dev/null || return 0
-  echo "$(cache_root)/gotools/$(hash_of cri "$(GOTOOLCHAIN=local go env GOVERSION GOARCH)" -- \
+  echo "$(cache_root)/gotools/$(hash_of cri "$(go_key)" -- \
     "$devbox_d/versions.sh" "$devbox_d/cri.sh")"
 }
 

@@ -6,9 +6,17 @@ go_build_env() {
   unset GOBIN
 }
 
-tools_dir() {
+# Which Go builds the programs. Starting it takes a second on an emulated machine: `up` asks once, ahead of all who need it.
+go_key() {
+  if [[ -n ${known_go_key:-} ]]; then echo "$known_go_key"; return; fi
   need go:golang-go
-  echo "$(cache_root)/gotools/$(hash_of tools "$(GOTOOLCHAIN=local go env GOVERSION GOARCH)" -- \
+  GOTOOLCHAIN=local go env GOVERSION GOARCH
+}
+
+tools_dir() {
+  local key
+  key=$(go_key)
+  echo "$(cache_root)/gotools/$(hash_of tools "$key" -- \
     "$devbox_d/versions.sh" "$devbox_d/tools.sh")"
 }
 
