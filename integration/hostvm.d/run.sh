@@ -19,7 +19,7 @@ run() { # run SCRIPT ARG...
   exec 8> >(trap '' INT TERM HUP; exec cat >/dev/null)
   last=$!
   setpriv --pdeathsig KILL unshare --mount --pid --fork --kill-child --mount-proc --propagation slave \
-    "$0" -c "$cpus" -m "$memory" -t "$limit" -o "$out" -k "$console" -- --inside "$script" "$@" </dev/null &
+    "$0" -c "$cpus" -m "$memory" -t "$limit" -o "$out" -k "$console" ${verbose:+"$verbose"} -- --inside "$script" "$@" </dev/null &
   inner=$!
   exec 8>&-
   # shellcheck disable=SC2064 # the values of now
@@ -74,6 +74,11 @@ inside() { # inside SCRIPT ARG...
   # what the script has written comes before its end, but on another way
   [[ -n $reason ]] || wait "${copies[@]}"
   kill -KILL "$(pgrep -P "$qemu" || echo "$qemu")" 2>/dev/null || true
+  if [[ -n $verbose ]]; then
+    wait "$qemu" || true
+    times >"$work/times"
+    say "$SECONDS s, of CPU time: $(tail -n 1 "$work/times")"
+  fi
   [[ -z $console ]] || cp "$work/console" "$console" 2>/dev/null || true
   [[ -n $reason ]] || exit "$rc"
   for word in stdout stderr; do : <>"$work/$word.out"; done # in case that QEMU never opened them
