@@ -2,7 +2,7 @@
 
 SUITE_FILTER ?=
 
-.PHONY: test-unit test-integration test-runc test-kvm test-kvm-core
+.PHONY: fuzz test-unit test-integration test-runc test-kvm test-kvm-core
 
 test-unit: ## Unit tests of all crates
 	@$(CARGO) test --locked -q --workspace --exclude vz-suite
@@ -19,3 +19,6 @@ test-kvm: build bundle ## The same tests on the KVM machine, in a host VM whose 
 
 test-kvm-core: build bundle ## Of these the core that CI runs; says which tests are left out
 	@integration/suite-kvm core
+
+fuzz: ## Fuzz everything that parses what a guest says (FUZZ_SECONDS=60 for each target, FUZZ_TARGETS='net blk' for some)
+	@mk/fuzz $(FUZZ_TARGETS)

@@ -36,6 +36,8 @@ mod boot;
 mod bus;
 mod device;
 mod exits;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 mod layout;
 mod machine;
 mod memory;
