@@ -1,5 +1,5 @@
 # Benchmarks are commands of their own, never asserts in tests.
-.PHONY: bench bench-kvm
+.PHONY: bench bench-kvm bench-io bench-io-kvm
 
 bench: build bundle ## Measure starts, execs and idle memory against runc in the same run (ROUNDS=10)
 	@integration/devbox up
@@ -7,3 +7,12 @@ bench: build bundle ## Measure starts, execs and idle memory against runc in the
 
 bench-kvm: build bundle ## The same for the KVM machine, in a host VM whose KVM works, with QEMU on KVM beside it (ROUNDS=5)
 	@integration/bench-kvm --rounds $(or $(ROUNDS),5)
+
+bench-io: build bundle ## Measure a volume and the stdio path against the bare directory and runc (ROUNDS=3)
+	@$(CARGO) build --release --locked -q -p vz-suite --bin vz-io
+	@integration/devbox up
+	@integration/bench-io --rounds $(or $(ROUNDS),3)
+
+bench-io-kvm: build bundle ## The same for the KVM machine, in the host VM
+	@$(CARGO) build --release --locked -q -p vz-suite --bin vz-io
+	@integration/bench-kvm io --rounds $(or $(ROUNDS),2) --mib 16
