@@ -10,9 +10,11 @@ pub mod fork;
 #[cfg(feature = "memory")]
 pub mod memory;
 pub mod mount;
+pub mod namespace;
 pub mod process;
 pub mod random;
 pub mod socket;
+pub mod steer;
 pub mod tap;
 pub mod thread;
 pub mod tsc;

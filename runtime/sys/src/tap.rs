@@ -16,6 +16,8 @@ pub const TAP: i32 = libc::IFF_TAP;
 pub const NO_PI: i32 = libc::IFF_NO_PI;
 /// A virtio-net header before each frame.
 pub const VNET_HDR: i32 = libc::IFF_VNET_HDR;
+/// A device that does not exist yet.
+pub const EXCLUSIVE: i32 = libc::IFF_TUN_EXCL;
 /// More than one queue.
 pub const MULTI_QUEUE: i32 = libc::IFF_MULTI_QUEUE;
 
@@ -33,7 +35,8 @@ pub const USO4: u32 = libc::TUN_F_USO4;
 pub const USO6: u32 = libc::TUN_F_USO6;
 
 fn request(flags: i32) -> io::Result<libc::ifreq> {
-    let flags = libc::c_short::try_from(flags).map_err(|_| Errno::EINVAL)?;
+    // The last of the sixteen flags makes a negative number.
+    let flags = u16::try_from(flags).map_err(|_| Errno::EINVAL)?.cast_signed();
     Ok(libc::ifreq { ifr_name: [0; libc::IFNAMSIZ], ifr_ifru: libc::__c_anonymous_ifr_ifru { ifru_flags: flags } })
 }
 
@@ -77,7 +80,7 @@ pub fn set_queue(tap: impl AsFd, attached: bool) -> io::Result<()> {
 }
 
 /// Opens a queue of a tap that is made if it does not exist, close-on-exec. `tun` is an open `/dev/net/tun`, which
-/// becomes that queue. Needs `CAP_NET_ADMIN` over the network namespace.
+/// becomes that queue. Fails with `EBUSY` for an [`EXCLUSIVE`] one that exists. Needs `CAP_NET_ADMIN` over the network namespace.
 pub fn attach(tun: impl AsFd, name: &str, flags: i32) -> io::Result<()> {
     let mut request = request(flags)?;
     // The last byte stays zero.
