@@ -77,6 +77,8 @@ enum LaunchError {
     Random(#[source] io::Error),
     #[error("{nics} network cards need {wanted} tap descriptors, got {found}")]
     Taps { nics: usize, wanted: usize, found: usize },
+    #[error("machine \"qemu\" has room for {most} network cards, not {found}")]
+    TooManyNics { found: usize, most: usize },
     #[error("make vsock device")]
     Vsock(#[source] io::Error),
     #[error("sandbox needs at least one vCPU and some memory, not {vcpus} and {memory_mib} MiB")]
@@ -94,6 +96,6 @@ fn launch(config: &BootConfig, bundle: &vz_linux::Bundle, taps: Vec<OwnedFd>) ->
     }
     match config.machine {
         MachineChoice::Kvm => Ok(Box::new(kvm::KvmMachine::launch(config, bundle, taps)?)),
-        MachineChoice::Auto | MachineChoice::Qemu => Ok(Box::new(qemu::QemuMachine::launch(config, bundle)?)),
+        MachineChoice::Auto | MachineChoice::Qemu => Ok(Box::new(qemu::QemuMachine::launch(config, bundle, taps)?)),
     }
 }

@@ -2,11 +2,11 @@
 
 use std::{
     io,
-    os::fd::{AsFd, BorrowedFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     sync::Arc,
 };
 
-use vz_qemu::{Config, Device, Qemu};
+use vz_qemu::{Config, Device, Nic, Qemu};
 use vz_vhost::{Endpoint, OnFailure, Worker};
 
 use crate::{
@@ -20,6 +20,8 @@ mod clock;
 
 /// Size of the file system's queues, as QEMU tells the guest: a request of 1 MiB takes some 260 descriptors.
 const FS_QUEUE_SIZE: u16 = 1024;
+/// The board has room for eight devices; the others are file system, vsock and entropy.
+const MOST_NICS: usize = 5;
 /// Queues of the vsock device that QEMU leaves to us; the event queue it keeps.
 const VSOCK_QUEUES: usize = 2;
 
@@ -32,7 +34,19 @@ pub(crate) struct QemuMachine {
 }
 
 impl QemuMachine {
-    pub(crate) fn launch(config: &BootConfig, bundle: &vz_linux::Bundle) -> Result<Self, LaunchError> {
+    pub(crate) fn launch(
+        config: &BootConfig,
+        bundle: &vz_linux::Bundle,
+        taps: Vec<OwnedFd>,
+    ) -> Result<Self, LaunchError> {
+        if config.nics.len() > MOST_NICS {
+            return Err(LaunchError::TooManyNics { found: config.nics.len(), most: MOST_NICS });
+        }
+        let mut taps = taps.into_iter();
+        let nic = |nic: &crate::control::Nic| Nic {
+            mac: nic.mac,
+            queues: taps.by_ref().take(usize::from(nic.queue_pairs)).collect(),
+        };
         let program = vz_qemu::find(&config.qemu, std::env::var_os("PATH").as_deref())?;
         let (fs, fs_socket) = Endpoint::new(&config.state_dir, "fs")?;
         let (vsock, vsock_socket) = Endpoint::new(&config.state_dir, "vsock")?;
@@ -55,6 +69,7 @@ impl QemuMachine {
             initramfs: &bundle.initramfs,
             append: &append,
             devices: vec![(fs_device, fs_socket), (Device::Vsock, vsock_socket)],
+            nics: config.nics.iter().map(nic).collect(),
         })?;
         let outputs = Outputs { console: qemu.console.take(), complaints: qemu.stderr.take() };
         Ok(Self { qemu, outputs, fs: Some(fs), vsock: Some(vsock) })

@@ -1,8 +1,17 @@
 //! QEMU's arguments. Pure.
 
-use std::os::fd::RawFd;
+use std::os::fd::{OwnedFd, RawFd};
 
 use crate::Config;
+
+/// A network card that QEMU serves itself, on TAP devices' descriptors.
+#[derive(Debug)]
+pub struct Nic {
+    /// The address that the guest finds.
+    pub mac: [u8; 6],
+    /// A descriptor for each queue pair, at least one.
+    pub queues: Vec<OwnedFd>,
+}
 
 /// A device that our process serves over vhost-user.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -20,13 +29,13 @@ pub enum Device {
     Vsock,
 }
 
-/// The arguments, without the program's name. Kernel, initramfs and the devices' sockets are inherited as the
-/// descriptors `first`, `first + 1`, and so on.
+/// The arguments, without the program's name. Kernel, initramfs, the devices' sockets and the cards' queues are inherited
+/// as the descriptors `first`, `first + 1`, and so on.
 pub fn arguments(config: &Config<'_>, first: RawFd) -> Vec<String> {
     let kernel = first;
     let initramfs = first.saturating_add(1);
     let sockets = first.saturating_add(2);
-    let Config { name, vcpus, memory_mib, append, devices, .. } = config;
+    let Config { name, vcpus, memory_mib, append, devices, nics, .. } = config;
 
     let mut args = Vec::new();
     let mut add = |option: &str, value: String| {
@@ -76,6 +85,17 @@ pub fn arguments(config: &Config<'_>, first: RawFd) -> Vec<String> {
             },
         );
     }
+    let mut queues = sockets.saturating_add(RawFd::try_from(devices.len()).unwrap_or(RawFd::MAX))..;
+    for (number, nic) in nics.iter().enumerate() {
+        let fds: Vec<String> = queues.by_ref().take(nic.queues.len()).map(|fd| fd.to_string()).collect();
+        // vhost-net would be another part of the host's kernel for the guest to attack.
+        let several = fds.len() > 1;
+        let named = if several { "fds" } else { "fd" };
+        add("netdev", format!("tap,id=net{number},{named}={},vhost=off", fds.join(":")));
+        let mac: Vec<String> = nic.mac.iter().map(|byte| format!("{byte:02x}")).collect();
+        let mq = if several { ",mq=on" } else { "" };
+        add("device", format!("virtio-net-device,netdev=net{number},mac={}{mq}", mac.join(":")));
+    }
     add("object", "rng-builtin,id=rng".into());
     add("device", "virtio-rng-device,rng=rng".into());
     // Memory that the guest frees goes back to the host.
@@ -98,6 +118,11 @@ mod tests {
 
     use super::*;
 
+    fn nic(number: u8, queues: usize) -> Nic {
+        let fd = || OwnedFd::from(File::open("/dev/null").unwrap());
+        Nic { mac: [2, 0, 0, 0, 0, number], queues: std::iter::repeat_with(fd).take(queues).collect() }
+    }
+
     #[test]
     fn everything_is_inherited_and_nothing_named() {
         let null = File::open("/dev/null").unwrap();
@@ -112,6 +137,7 @@ mod tests {
                 initramfs: &null,
                 append: "console=ttyS0 a,b",
                 devices: vec![(fs, UnixStream::pair().unwrap().0), (Device::Vsock, UnixStream::pair().unwrap().0)],
+                nics: vec![nic(0, 1), nic(1, 2)],
             },
             3,
         );
@@ -132,6 +158,10 @@ mod tests {
         );
         assert_eq!(value("-chardev", 2), "socket,id=vsock,fd=6");
         assert_eq!(value("-device", 1), "vhost-user-vsock-device,chardev=vsock");
+        assert_eq!(value("-netdev", 0), "tap,id=net0,fd=7,vhost=off");
+        assert_eq!(value("-device", 2), "virtio-net-device,netdev=net0,mac=02:00:00:00:00:00");
+        assert_eq!(value("-netdev", 1), "tap,id=net1,fds=8:9,vhost=off");
+        assert_eq!(value("-device", 3), "virtio-net-device,netdev=net1,mac=02:00:00:00:00:01,mq=on");
         for option in ["-nodefaults", "-no-user-config", "-no-reboot"] {
             assert!(args.iter().any(|a| a == option), "{option}");
         }

@@ -25,7 +25,7 @@ use vz_sys::process::{Command, Process};
 
 mod args;
 
-pub use args::{Device, arguments};
+pub use args::{Device, Nic, arguments};
 
 /// First of the descriptors that QEMU inherits beyond the standard ones.
 const FIRST_FD: RawFd = 3;
@@ -49,6 +49,8 @@ pub struct Config<'a> {
     pub append: &'a str,
     /// Devices that we serve, each with QEMU's end of its connection.
     pub devices: Vec<(Device, UnixStream)>,
+    /// Network cards.
+    pub nics: Vec<Nic>,
 }
 
 /// Why QEMU could not be started.
@@ -147,6 +149,7 @@ impl Qemu {
 
         let mut inherited: Vec<BorrowedFd<'_>> = vec![config.kernel.as_fd(), config.initramfs.as_fd()];
         inherited.extend(config.devices.iter().map(|(_, socket)| socket.as_fd()));
+        inherited.extend(config.nics.iter().flat_map(|nic| &nic.queues).map(AsFd::as_fd));
         let numbered: Vec<(BorrowedFd<'_>, RawFd)> = inherited.into_iter().zip(FIRST_FD..).collect();
         let mut fds = vec![(null.as_fd(), 0), (console_to.as_fd(), 1), (stderr_to.as_fd(), 2)];
         fds.extend(numbered.iter().copied());
