@@ -37,6 +37,11 @@ pub struct Stdio {
 /// From the server.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Request {
+    /// Answered once the boot is done: before, there are neither cgroups nor the containers' network namespace.
+    Booted {
+        /// Chosen by the server.
+        id: u64,
+    },
     /// Create the container whose bundle has been written. With the connected stream for each of `stdio.streams`, in
     /// that order. Answered by [`Report::Done`] with the process's end for each of them, in that order.
     Create {

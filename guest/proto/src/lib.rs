@@ -7,6 +7,7 @@
 //! | [`CONTROL_PORT`] | guest | a [`Hello`] frame, a [`Welcome`] frame back, then ttrpc with the guest as server |
 //! | [`LOG_PORT`] | guest | [`LogRecord`] frames |
 //! | [`STREAM_PORT`] | host | a stream token ([`frame::write_token`]), then the raw bytes of one stdio stream |
+//! | [`FORWARD_PORT`] | host | a [`Forward`] frame, a [`ForwardReply`] frame back, then the bytes of a TCP connection |
 //!
 //! A host-to-guest half-close on a stream is end of file on the process's stdin; the guest's
 //! half-close is end of file on the process's output. Frames are length-prefixed protobuf, see [`frame`].
@@ -45,6 +46,8 @@ pub const CONTROL_PORT: u32 = 1024;
 pub const LOG_PORT: u32 = 1025;
 /// Guest port of the stdio streams.
 pub const STREAM_PORT: u32 = 1026;
+/// Guest port of connections to what listens on the containers' loopback addresses.
+pub const FORWARD_PORT: u32 = 1027;
 /// virtiofs tag of the sandbox's share.
 pub const SHARE_TAG: &str = "vz";
 /// Where the agent mounts the share in the guest.

@@ -163,6 +163,8 @@ impl Init {
 
     fn request(&mut self, request: Request, fds: Vec<OwnedFd>) {
         match request {
+            // Nothing is answered before.
+            Request::Booted { id } => self.done(id, Ok(0)),
             Request::Create { id, container, stdio } => {
                 let key = Key { container, exec: String::new() };
                 self.make(id, key, &stdio, fds);

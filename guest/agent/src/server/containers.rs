@@ -7,13 +7,17 @@ use std::{
     time::Duration,
 };
 
-use tokio::{sync::watch, time::timeout};
+use tokio::{
+    sync::{OnceCell, watch},
+    time::timeout,
+};
 use vz_proto::{CreateContainerRequest, Stdio as StdioTokens};
 
 use super::{
     cgroup::Cgroup,
     error::{CallError, Result},
     link::Link,
+    network::Network,
     oom::Watch,
     prepare::{Prepared, prepare, write_bundle},
     state::{Stage, State},
@@ -36,6 +40,8 @@ pub struct Agent {
     pub(super) link: Arc<Link>,
     pub(super) streams: Arc<Streams>,
     oom: Watch,
+    booted: OnceCell<()>,
+    network: Network,
     state: Mutex<State>,
     /// Containers whose creation nobody waits for any more.
     pub(super) abandoned: Mutex<Vec<String>>,
@@ -57,6 +63,8 @@ impl Agent {
             link: Arc::new(link),
             streams: Arc::default(),
             oom,
+            booted: OnceCell::new(),
+            network: Network::default(),
             state: Mutex::default(),
             abandoned: Mutex::default(),
         }
@@ -166,11 +174,28 @@ impl Agent {
         }
     }
 
+    /// Waits until PID 1 has made all that containers need.
+    async fn booted(&self) -> Result<()> {
+        let ask = || async { self.link.ask(|id| Request::Booted { id }, Vec::new()).await.result.map(drop) };
+        self.booted.get_or_try_init(ask).await?;
+        Ok(())
+    }
+
+    /// Makes the containers' network what it has to be.
+    pub async fn update_network(self: Arc<Self>, network: Vec<u8>) -> Result<()> {
+        self.booted().await?;
+        self.network.update(&network)
+    }
+
     /// Creates a container: its pid.
     pub async fn create(self: Arc<Self>, request: CreateContainerRequest) -> Result<i32> {
         let id = request.container_id.as_str();
         if !text::is_id(id) {
             return Err(CallError::Invalid(format!("container id {id:?} is not allowed")));
+        }
+        self.booted().await?;
+        if !request.network.is_empty() {
+            self.network.update(&request.network)?;
         }
         let tokens = request.stdio.unwrap_or_default();
         let prepared = prepare(&request.spec, id, tokens.terminal)?;

@@ -3,15 +3,18 @@
 //! It owns nothing that cannot be had again: processes, their stdio and their exits are in PID 1's table, containers in
 //! libcontainer's state and in cgroups. It never forks; PID 1 does, see [`link`].
 //!
-//! One thread. State is changed between awaits, under a lock that is never held across one.
+//! One thread, but for moments in another network namespace. State is changed between awaits, under a lock that is never
+//! held across one.
 
 mod cgroup;
 mod containers;
 mod error;
 mod events;
+mod forward;
 mod link;
 mod logs;
 mod metrics;
+mod network;
 mod oom;
 mod prepare;
 mod processes;
@@ -45,7 +48,7 @@ enum Error {
     Link(#[source] io::Error),
     #[error("PID 1 has closed the channel")]
     Orphaned,
-    #[error("listen for streams")]
+    #[error("listen for connections of the host")]
     Listen(#[source] io::Error),
     #[error("dial the host's port {0}")]
     Dial(u32, #[source] io::Error),
@@ -85,6 +88,8 @@ async fn serve(init: Channel, log: &Log) -> Result<(), Error> {
 
     let listener = vsock::Listener::bind(vz_proto::STREAM_PORT).map_err(Error::Listen)?;
     tokio::spawn(Arc::clone(&agent).accept_streams(listener));
+    let forwarded = vsock::Listener::bind(vz_proto::FORWARD_PORT).map_err(Error::Listen)?;
+    tokio::spawn(forward::serve(forwarded));
     tokio::spawn(Arc::clone(&agent).watch_oom());
 
     let mut host = vsock::connect(vz_proto::CONTROL_PORT).map_err(|e| Error::Dial(vz_proto::CONTROL_PORT, e))?;

@@ -8,7 +8,7 @@ use ttrpc::{Result, r#async::ServerStreamSender, asynchronous::TtrpcContext};
 use vz_proto::{
     Agent as Contract, ContainerRequest, CreateContainerRequest, CreateContainerResponse, Event, ExecProcessRequest,
     ExecProcessResponse, ListPidsResponse, ProcessRequest, ResizePtyRequest, SignalProcessRequest, StatsResponse,
-    WaitProcessResponse,
+    UpdateNetworkRequest, WaitProcessResponse,
 };
 
 use super::{containers::Agent, error::CallError, metrics};
@@ -70,6 +70,11 @@ impl Contract for Service {
 
     async fn start_container(&self, _: &TtrpcContext, r: ContainerRequest) -> Result<Empty> {
         whole(self.agent().start(r.container_id)).await?;
+        Ok(Empty::new())
+    }
+
+    async fn update_network(&self, _: &TtrpcContext, r: UpdateNetworkRequest) -> Result<Empty> {
+        whole(self.agent().update_network(r.network)).await?;
         Ok(Empty::new())
     }
 
