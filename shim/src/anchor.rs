@@ -6,14 +6,14 @@
 use std::{
     ffi::CString,
     io,
-    os::fd::AsFd,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
     process::ExitCode,
 };
 
 use nix::{
     mount::{MntFlags, MsFlags, mount, umount2},
-    sched::CloneFlags,
+    sched::{CloneFlags, setns},
     unistd::{chdir, pivot_root},
 };
 use vz_sys::{
@@ -23,6 +23,8 @@ use vz_sys::{
 
 /// Descriptor of its channel to the shim.
 const CHANNEL_FD: i32 = 3;
+/// Descriptor of the network namespace that it enters.
+const NETNS_FD: i32 = 4;
 const READY: &[u8] = b"ready";
 
 /// Why there is no anchor.
@@ -49,8 +51,8 @@ pub struct Anchor {
 }
 
 impl Anchor {
-    /// Starts one with `rootfs` as its root and a network namespace of its own. Call it from the main thread.
-    pub fn start(rootfs: &Path) -> Result<Self, Error> {
+    /// Starts one with `rootfs` as its root, in the network namespace `netns`. Call it from the main thread.
+    pub fn start(rootfs: &Path, netns: BorrowedFd<'_>) -> Result<Self, Error> {
         let enter = |reason: String| Error::Enter { rootfs: rootfs.to_owned(), reason };
         let (ours, theirs) = Channel::pair().map_err(Error::Spawn)?;
         let rootfs_arg = path_arg(rootfs).map_err(Error::Spawn)?;
@@ -58,8 +60,8 @@ impl Anchor {
             program: c"/proc/self/exe".into(),
             args: vec![c"vz-anchor".into(), c"anchor".into(), rootfs_arg],
             env: Vec::new(),
-            fds: vec![(theirs.as_fd(), CHANNEL_FD)],
-            namespaces: CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWNET,
+            fds: vec![(theirs.as_fd(), CHANNEL_FD), (netns, NETNS_FD)],
+            namespaces: CloneFlags::CLONE_NEWNS,
             outlives_parent: false,
         }
         .spawn()
@@ -98,7 +100,9 @@ fn path_arg(path: &Path) -> io::Result<CString> {
 /// The process itself: `anchor ROOTFS`.
 pub fn main(rootfs: &Path) -> ExitCode {
     let Ok(channel) = inherited_fd(CHANNEL_FD).map(Channel::from_fd) else { return ExitCode::FAILURE };
-    let said = match enter(rootfs) {
+    let entered =
+        inherited_fd(NETNS_FD).map_err(|e| ("find network namespace", e)).and_then(|netns| enter(rootfs, netns));
+    let said = match entered {
         Ok(()) => channel.send(READY, &[]),
         Err((step, error)) => channel.send(format!("{step}: {error}").as_bytes(), &[]),
     };
@@ -109,10 +113,11 @@ pub fn main(rootfs: &Path) -> ExitCode {
     }
 }
 
-fn enter(rootfs: &Path) -> Result<(), (&'static str, io::Error)> {
+fn enter(rootfs: &Path, netns: OwnedFd) -> Result<(), (&'static str, io::Error)> {
     const NONE: Option<&str> = None;
     let step = |name: &'static str| move |e: nix::errno::Errno| (name, io::Error::from(e));
     nix::sys::prctl::set_name(c"vz-anchor").map_err(step("set name"))?;
+    setns(netns, CloneFlags::CLONE_NEWNET).map_err(step("enter network namespace"))?;
     mount(NONE, "/", NONE, MsFlags::MS_PRIVATE | MsFlags::MS_REC, NONE).map_err(step("make mounts private"))?;
     // Everything but the root file system leaves this namespace, so that nothing else is kept busy by it.
     chdir(rootfs).map_err(step("enter"))?;

@@ -20,6 +20,7 @@ use crate::{
     hooks::Context,
     io::{Copies, Stdio},
     journal::Resource,
+    names::Names,
 };
 
 /// How a process ended.
@@ -196,12 +197,20 @@ pub struct Container {
     /// The anchor's pid: the pid of every reply.
     pub pid: u32,
     anchor: Mutex<Option<Anchor>>,
+    _names: Option<Names>,
     execs: Mutex<HashMap<String, Arc<Process>>>,
 }
 
 impl Container {
     /// A created container.
-    pub fn new(init: Arc<Process>, anchor: Anchor, context: Context, hooks: Hooks, poststop: Option<Resource>) -> Self {
+    pub fn new(
+        init: Arc<Process>,
+        anchor: Anchor,
+        context: Context,
+        hooks: Hooks,
+        poststop: Option<Resource>,
+        names: Option<Names>,
+    ) -> Self {
         Self {
             id: context.id.clone(),
             bundle: context.bundle.clone(),
@@ -211,6 +220,7 @@ impl Container {
             pid: anchor.pid().unsigned_abs(),
             context,
             anchor: Mutex::new(Some(anchor)),
+            _names: names,
             execs: Mutex::default(),
         }
     }

@@ -15,6 +15,8 @@ use crate::{
     hooks::{self, Context},
     io::{self, Guest, Stdio},
     journal::Resource,
+    names::Names,
+    network,
     sandbox::{Sandbox, read_spec},
     service::process_request,
     spec,
@@ -65,7 +67,7 @@ async fn host_side(sandbox: &Arc<Sandbox>, request: &CreateTaskRequest) -> Resul
     let bundle = Path::new(&request.bundle);
     let spec = read_spec(bundle)?;
     let annotations = spec::annotations(&spec);
-    spec::refuse_network(&annotations)?;
+    sandbox.network.check(&spec)?;
     let root = spec.root().as_ref().map(|root| bundle.join(root.path())).unwrap_or_default();
     let plan = spec::plan(spec, &request.id)?;
     for field in &plan.dropped {
@@ -75,7 +77,13 @@ async fn host_side(sandbox: &Arc<Sandbox>, request: &CreateTaskRequest) -> Resul
     for bind in &plan.binds {
         sandbox.share.bind(bind)?;
     }
-    let anchor = Anchor::start(&sandbox.share.rootfs(&request.id))?;
+    let names: Vec<_> = plan.binds.iter().filter(|bind| bind.is_name).map(|bind| bind.source.clone()).collect();
+    let names = Names::keep(&names).unwrap_or_else(|error| {
+        // The host's limit of inotify instances, most likely (fs.inotify.max_user_instances). Writing in place works.
+        tracing::warn!(container = request.id, %error, "files that replace hosts, resolv.conf or hostname are not followed");
+        None
+    });
+    let anchor = Anchor::start(&sandbox.share.rootfs(&request.id), sandbox.network.netns())?;
     sandbox.journal.process("anchor", anchor.pid())?;
     let context = Context { id: request.id.clone(), bundle: bundle.to_owned(), pid: anchor.pid(), annotations };
     let mut poststop = None;
@@ -91,7 +99,7 @@ async fn host_side(sandbox: &Arc<Sandbox>, request: &CreateTaskRequest) -> Resul
         terminal: request.terminal,
     };
     let init = Arc::new(Process::new("", stdio, None));
-    let container = Container::new(init, anchor, context, plan.hooks, poststop);
+    let container = Container::new(init, anchor, context, plan.hooks, poststop, names);
     let state = ContainerState::Creating;
     let ran = async {
         #[allow(deprecated)]
@@ -112,19 +120,25 @@ async fn host_side(sandbox: &Arc<Sandbox>, request: &CreateTaskRequest) -> Resul
 async fn guest_side(sandbox: &Arc<Sandbox>, container: &Container, spec: Vec<u8>) -> Result<(), Error> {
     let id = &container.id;
     let host = io::open(&container.init.stdio, id, &sandbox.identity.namespace)?;
+    let news = sandbox.network.news(&sandbox.journal).await?;
+    let network = news.description()?;
     // Waits until the guest has booted.
     sandbox.agent.client().await?;
     let (stdio, guest) = connect_streams(sandbox, &container.init.stdio).await?;
-    let request =
-        CreateContainerRequest { container_id: id.clone(), spec, stdio: Some(stdio).into(), ..Default::default() };
+    let stdio = Some(stdio).into();
+    let request = CreateContainerRequest { container_id: id.clone(), spec, stdio, network, ..Default::default() };
     container.init.set_copies(host.connect(guest, container.init.stdio.terminal));
     let asked =
         sandbox.agent.ask("create", |agent, context| async move { agent.create_container(context, &request).await });
-    asked.await.map(drop)
+    asked.await?;
+    news.done();
+    sandbox.network.watch(sandbox)?;
+    Ok(())
 }
 
-/// Starts a created container's init.
+/// Starts a created container's init, in the network that it has by now.
 pub async fn start_init(sandbox: &Arc<Sandbox>, container: &Container) -> Result<(), Error> {
+    network::update(sandbox).await?;
     let request = ContainerRequest { container_id: container.id.clone(), ..Default::default() };
     let asked =
         sandbox.agent.ask("start", |agent, context| async move { agent.start_container(context, &request).await });
@@ -225,6 +239,7 @@ pub async fn delete(sandbox: &Arc<Sandbox>, container: &Arc<Container>) -> Resul
     container.end_anchor();
     if sandbox.remove(&container.id) {
         sandbox.end_vm().await;
+        sandbox.network.undo(&sandbox.journal)?;
     }
     sandbox.share.remove(&container.id)?;
     finish_hooks(sandbox, container).await;

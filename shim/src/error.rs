@@ -79,6 +79,9 @@ pub enum Error {
     /// The anchor.
     #[error(transparent)]
     Anchor(#[from] crate::anchor::Error),
+    /// The network.
+    #[error(transparent)]
+    Network(#[from] crate::network::Error),
     /// A hook.
     #[error(transparent)]
     Hook(#[from] crate::hooks::Error),

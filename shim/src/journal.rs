@@ -19,6 +19,7 @@ use nix::{
     sys::signal::Signal,
 };
 use serde::{Deserialize, Serialize};
+use vz_net::netns::Netns;
 use vz_sys::process::Handle;
 
 /// Where all sandboxes keep their state; a tmpfs on every host that has systemd.
@@ -46,6 +47,15 @@ pub enum Resource {
     Socket {
         /// Its path.
         path: PathBuf,
+    },
+    /// The redirection of a link's packets, in a network namespace that outlives the sandbox.
+    Redirect {
+        /// Where the namespace is.
+        netns: PathBuf,
+        /// The link's index.
+        index: u32,
+        /// The link's name.
+        link: String,
     },
     /// poststop hooks of a container that are still to be run.
     Poststop {
@@ -75,6 +85,16 @@ pub enum Error {
         path: PathBuf,
         /// Why not.
         source: io::Error,
+    },
+    /// A redirection in a network namespace.
+    #[error("take redirection from link {link} in network namespace {netns}")]
+    Redirect {
+        /// The namespace.
+        netns: PathBuf,
+        /// The link.
+        link: String,
+        /// Why not.
+        source: Box<dyn std::error::Error + Send + Sync>,
     },
     /// A process does not end.
     #[error("kill {role} (pid {pid})")]
@@ -165,6 +185,7 @@ impl Journal {
             match resource {
                 Resource::Process { role, pid, start_time } => kill(&role, pid, start_time)?,
                 Resource::Socket { path } => remove(&path, fs::remove_file)?,
+                Resource::Redirect { netns, index, link } => take_back(&netns, index, &link)?,
                 Resource::Poststop { bundle, .. } => poststop(&bundle),
             }
         }
@@ -218,6 +239,17 @@ fn read(dir: &Path) -> Result<Vec<Resource>, Error> {
         }
     }
     Ok(made)
+}
+
+/// A namespace or link that is gone has taken it along.
+fn take_back(netns: &Path, index: u32, link: &str) -> Result<(), Error> {
+    let failed = |source| Error::Redirect { netns: netns.to_owned(), link: link.to_owned(), source };
+    match Netns::open(netns) {
+        Ok(netns) => vz_net::wire::take_back(&netns, index, link).map_err(|e| failed(e.into())),
+        // The place of its name may be there still.
+        Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::InvalidInput) => Ok(()),
+        Err(e) => Err(failed(e.into())),
+    }
 }
 
 fn remove(path: &Path, how: impl FnOnce(PathBuf) -> io::Result<()>) -> Result<(), Error> {

@@ -26,6 +26,7 @@ use crate::{
     events::Publisher,
     hooks,
     journal::Journal,
+    network::Network,
     share::Share,
     spec,
     vmm::{self, Notice, Started, Vmm},
@@ -43,6 +44,7 @@ const LOG_CONNECTIONS: usize = 2;
 pub struct Prepared {
     journal: Journal,
     share: Share,
+    network: Network,
     vmm: Started,
     config: Config,
     agent_version: String,
@@ -71,6 +73,8 @@ pub struct Sandbox {
     pub journal: Journal,
     /// What its guest sees.
     pub share: Share,
+    /// Its network.
+    pub network: Network,
     /// Its VM.
     pub vmm: Vmm,
     /// Its guest's agent.
@@ -92,7 +96,7 @@ pub fn read_spec(bundle: &Path) -> Result<Spec, Error> {
     Spec::load(&path).map_err(|source| Error::ReadSpec { path, source })
 }
 
-/// Makes the share and starts the VM, whose process logs to `stderr`.
+/// Makes the share and the network, and starts the VM, whose process logs to `stderr`.
 ///
 /// The process must be single-threaded, and this thread must be its main thread.
 pub fn prepare(
@@ -109,6 +113,7 @@ pub fn prepare(
         .map_err(|e| Error::Message { what: "open guest bundle", source: Box::new(e) })?;
     let share = Share::create(journal.path().join("share"))?;
     let (vcpus, memory_mib) = size(&config, &spec);
+    let (network, cards) = Network::prepare(&spec, vcpus)?;
     let boot = BootConfig {
         sandbox: format!("{}/{}", identity.namespace, identity.id),
         machine: match config.machine {
@@ -116,7 +121,7 @@ pub fn prepare(
             vz_config::Machine::Kvm => MachineChoice::Kvm,
             vz_config::Machine::Qemu => MachineChoice::Qemu,
         },
-        nics: Vec::new(),
+        nics: cards.nics,
         vcpus,
         memory_mib,
         guest_bundle,
@@ -130,9 +135,9 @@ pub fn prepare(
         kernel_args: config.guest.kernel_args.clone(),
         log_level: config.log_level.as_str().into(),
     };
-    let vmm = vmm::start(boot, stderr)?;
+    let vmm = vmm::start(boot, &cards.taps, stderr)?;
     journal.process("vmm", vmm.pid())?;
-    Ok(Prepared { journal, share, vmm, config, agent_version: version.agent_version, begun })
+    Ok(Prepared { journal, share, network, vmm, config, agent_version: version.agent_version, begun })
 }
 
 /// vCPUs and MiB for a container with this spec: its limits (memory plus the guest's own need), or the configured
@@ -184,6 +189,7 @@ impl Prepared {
             config: self.config,
             journal: self.journal,
             share: self.share,
+            network: self.network,
             publisher,
             shutdown: Notify::new(),
             agent_version: self.agent_version,

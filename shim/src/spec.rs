@@ -54,6 +54,8 @@ pub struct Bind {
     pub readonly: bool,
     /// With all that is mounted below.
     pub recursive: bool,
+    /// Whether it is one of the container's [`names`](crate::names).
+    pub is_name: bool,
 }
 
 /// Why a spec cannot be run in a VM. Each names the field, and says what to do.
@@ -204,24 +206,17 @@ fn guest_mount(
             "id-mapped mounts are not supported; change the files' owner, or leave the user namespace out",
         ));
     }
-    Ok(Some(Bind { source, name, readonly, recursive }))
+    let is_name = kind.is_file() && crate::names::is_name(&destination);
+    Ok(Some(Bind { source, name, readonly, recursive, is_name }))
 }
 
 fn guest_linux(linux: &mut Linux, container: &str, dropped: &mut Vec<String>) -> Result<(), Error> {
     let mut namespaces = linux.namespaces().clone().unwrap_or_default();
-    let mut has_network = false;
     for namespace in &mut namespaces {
         let path = namespace.path().clone().filter(|path| !path.as_os_str().is_empty());
         match (namespace.typ(), path) {
-            (LinuxNamespaceType::Network, None) => {
-                has_network = true;
+            (LinuxNamespaceType::Network, _) => {
                 namespace.set_path(Some(NETNS_PATH.into()));
-            }
-            (LinuxNamespaceType::Network, Some(path)) => {
-                return Err(unsupported(
-                    format!("linux.namespaces: network {}", path.display()),
-                    "joining a network is not supported yet: run with `--net none`",
-                ));
             }
             (kind, Some(path)) => {
                 return Err(unsupported(
@@ -231,12 +226,6 @@ fn guest_linux(linux: &mut Linux, container: &str, dropped: &mut Vec<String>) ->
             }
             (_, None) => {}
         }
-    }
-    if !has_network {
-        return Err(unsupported(
-            "linux.namespaces: no network",
-            "the host's network cannot be shared with a VM: run with `--net none`",
-        ));
     }
     linux.set_namespaces(Some(namespaces));
     linux.set_cgroups_path(Some(format!("/{container}").into()));
@@ -333,18 +322,27 @@ pub fn annotations(spec: &Spec) -> HashMap<String, String> {
     spec.annotations().clone().unwrap_or_default()
 }
 
-/// Refuses a container that a client would connect to a network.
+/// The network namespace that a spec names; nothing where it asks for a new one. The host's is refused.
+pub fn netns(spec: &Spec) -> Result<Option<PathBuf>, Error> {
+    let namespaces = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_ref());
+    let network = namespaces.into_iter().flatten().find(|namespace| namespace.typ() == LinuxNamespaceType::Network);
+    match network {
+        Some(network) => Ok(network.path().clone().filter(|path| !path.as_os_str().is_empty())),
+        None => Err(unsupported(
+            "linux.namespaces: no network",
+            "this asks for the host's network, which a VM cannot share: it has a network of its own; connect the container \
+             to a network and publish its ports (`-p`), or run it with `--net none`",
+        )),
+    }
+}
+
+/// To how many networks a client is going to connect a container, where it says.
 ///
 /// nerdctl says so in an annotation before its hook makes the network.
-pub fn refuse_network(annotations: &HashMap<String, String>) -> Result<(), Error> {
-    let Some(networks) = annotations.get("nerdctl/networks") else { return Ok(()) };
-    let names: Vec<String> = serde_json::from_str(networks).unwrap_or_else(|_| vec![networks.clone()]);
-    match names.iter().find(|name| *name != "none") {
-        None => Ok(()),
-        Some(name) => {
-            Err(unsupported(format!("network {name:?}"), "networks are not supported yet: run with `--net none`"))
-        }
-    }
+pub fn networks(spec: &Spec) -> Option<usize> {
+    let annotations = spec.annotations().as_ref()?;
+    let names: Vec<String> = serde_json::from_str(annotations.get("nerdctl/networks")?).ok()?;
+    Some(names.iter().filter(|name| *name != "none").count())
 }
 
 #[cfg(test)]
@@ -391,7 +389,13 @@ mod tests {
             "c1",
         )
         .unwrap();
-        let wanted = Bind { source: dir.path().into(), name: "c1/mount0".into(), readonly: true, recursive: true };
+        let wanted = Bind {
+            source: dir.path().into(),
+            name: "c1/mount0".into(),
+            readonly: true,
+            recursive: true,
+            is_name: false,
+        };
         assert_eq!(plan.binds, [wanted]);
         let mount = &plan.guest.mounts().as_ref().unwrap()[0];
         assert_eq!(mount.source().as_deref(), Some(Path::new("/run/vz/share/c1/mount0")));
@@ -410,14 +414,22 @@ mod tests {
     }
 
     #[test]
-    fn networks_of_the_host_are_refused_by_name() {
-        let with =
-            |namespaces: Value| plan(spec(|v| v["linux"]["namespaces"] = namespaces), "c1").unwrap_err().to_string();
-        assert!(with(json!([{ "type": "pid" }])).contains("--net none"));
-        assert!(with(json!([{ "type": "network", "path": "/run/netns/x" }])).contains("/run/netns/x"));
-        let set = |value: &str| refuse_network(&HashMap::from([("nerdctl/networks".to_owned(), value.to_owned())]));
-        assert!(set(r#"["none"]"#).is_ok());
-        assert!(set(r#"["bridge"]"#).unwrap_err().to_string().contains("bridge"));
+    fn the_network_is_the_named_one_or_a_new_one_and_never_the_hosts() {
+        let with = |namespaces: Value| netns(&spec(|v| v["linux"]["namespaces"] = namespaces));
+        assert!(with(json!([{ "type": "pid" }])).unwrap_err().to_string().contains("--net none"));
+        let named = with(json!([{ "type": "network", "path": "/run/netns/x" }])).unwrap();
+        assert_eq!(named.as_deref(), Some(Path::new("/run/netns/x")));
+        assert_eq!(with(json!([{ "type": "network", "path": "" }])).unwrap(), None);
+        assert_eq!(guest(spec(|_| ()))["linux"]["namespaces"][1]["path"], NETNS_PATH);
+    }
+
+    #[test]
+    fn nerdctl_says_how_many_networks_there_will_be() {
+        let count = |value: &str| networks(&spec(|v| v["annotations"] = json!({ "nerdctl/networks": value })));
+        assert_eq!(networks(&spec(|_| ())), None);
+        assert_eq!(count(r#"["none"]"#), Some(0));
+        assert_eq!(count(r#"["bridge","other"]"#), Some(2));
+        assert_eq!(count("?"), None);
     }
 
     #[test]

@@ -90,8 +90,8 @@ pub struct Vmm {
     next: AtomicU64,
 }
 
-/// Starts the vmm process, with log lines to `stderr`, and tells it to boot. Call it from the main thread, which the process does not outlive.
-pub fn start(config: BootConfig, stderr: Option<&File>) -> Result<Started, Error> {
+/// Starts the vmm process, with log lines to `stderr`, and tells it to boot, with `taps` for its network cards. Call it from the main thread, which the process does not outlive.
+pub fn start(config: BootConfig, taps: &[OwnedFd], stderr: Option<&File>) -> Result<Started, Error> {
     let (ours, theirs) = Channel::pair().map_err(Error::Spawn)?;
     let null = OpenOptions::new().read(true).write(true).open("/dev/null").map_err(Error::Spawn)?;
     let stderr = stderr.unwrap_or(&null);
@@ -113,7 +113,8 @@ pub fn start(config: BootConfig, stderr: Option<&File>) -> Result<Started, Error
     .spawn()
     .map_err(Error::Spawn)?;
     drop(theirs);
-    control::send(&ours, &Request::Boot(Box::new(config)), &[]).map_err(Error::Send)?;
+    let taps: Vec<_> = taps.iter().map(AsFd::as_fd).collect();
+    control::send(&ours, &Request::Boot(Box::new(config)), &taps).map_err(Error::Send)?;
     Ok(Started { channel: ours, process })
 }
 

@@ -31,6 +31,28 @@ impl<'l> Container<'l> {
         Self { lab, name, id, removed: Cell::new(false) }
     }
 
+    /// `nerdctl run -d` with these arguments, on the default network if they name no other.
+    #[track_caller]
+    pub fn connected(lab: &'l Lab, what: &str, args: &[&str]) -> Self {
+        let name = lab.id(what);
+        let run = lab.nerdctl(&["run", "--runtime", lab.runtime(), "-d", "--name", &name]);
+        let id = run.args(args).run().ok();
+        Self { lab, name, id, removed: Cell::new(false) }
+    }
+
+    /// Its address on its first network, as the host sees it.
+    #[track_caller]
+    pub fn address(&self) -> String {
+        self.inspect(".NetworkSettings.IPAddress")
+    }
+
+    /// A program in its network namespace on the host.
+    #[track_caller]
+    pub fn beside(&self, args: &[&str]) -> Program {
+        let pid = self.inspect(".State.Pid");
+        Program::new("nsenter").args(["-t", &pid, "-n", "--"]).args(args)
+    }
+
     /// `nerdctl ACTION NAME`, for actions that need no more.
     #[track_caller]
     pub fn nerdctl(&self, action: &str) -> Output {

@@ -23,6 +23,8 @@ use crate::{
 pub const BUSYBOX: &str = "vz.test/busybox:1";
 /// The image with Python.
 pub const DEBIAN: &str = "vz.test/debian:12";
+/// The image with a web server.
+pub const NGINX: &str = "vz.test/nginx:1";
 /// What all containers of the suite have in their names.
 pub const PREFIX: &str = "vzt-";
 /// The shim's own deadlines, in seconds.

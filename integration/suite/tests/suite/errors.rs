@@ -14,7 +14,7 @@ tests![
     a_kernel_that_does_not_boot_is_said,
     a_rootfs_that_is_not_there_is_said,
     a_full_state_directory_is_said,
-    networks_are_refused_by_name,
+    networks_of_others_are_refused_by_name,
     devices_and_host_namespaces_are_refused_by_name,
     a_volume_that_is_not_there_is_said,
     annotations_are_checked,
@@ -168,20 +168,26 @@ fn a_full_state_directory_is_said(lab: &Lab) -> Verdict {
     Ok(())
 }
 
-fn networks_are_refused_by_name(lab: &Lab) -> Verdict {
+fn networks_of_others_are_refused_by_name(lab: &Lab) -> Verdict {
     lab.vz_only()?;
-    let run = |flags: &[&str]| {
-        lab.nerdctl(&["run", "--rm", "--runtime", lab.runtime()]).args(flags).args([BUSYBOX, "true"]).run()
+    let refused = |network: &str, parts: &[&str]| {
+        let name = lab.id("refused");
+        let args = ["run", "--rm", "--name", &name, "--runtime", lab.runtime(), "--net", network, BUSYBOX, "true"];
+        lab.nerdctl(&args).run().fails_with(parts);
+        lab.nerdctl(&["rm", "-f", &name]).run();
     };
-    run(&[]).fails_with(&["network", "bridge", "--net none"]);
-    run(&["--net", "host"]).fails_with(&["--net none"]);
-    lab.nerdctl(&["ps", "-aq"]).run().ok().lines().for_each(|id| drop(lab.nerdctl(&["rm", "-f", id]).run()));
-    refused(lab, &["--net-host"], &["--net none"]);
+    refused("host", &["the host's network", "--net none", "-p"]);
     let other = Container::start(lab, "other", &[BUSYBOX, "sleep", "1000"]);
-    run(&["--net", &format!("container:{}", other.name)]).fails_with(&["--net none"]);
-    lab.nerdctl(&["ps", "-aq", "--filter", "status=created"]).run().ok().lines().for_each(|id| {
-        lab.nerdctl(&["rm", "-f", id]).run();
-    });
+    refused(&format!("container:{}", other.name), &["another container", "nerdctl network create"]);
+    drop(other);
+    self::refused(lab, &["--net-host"], &["the host's network"]);
+    self::refused(
+        lab,
+        &["--with-ns", &format!("network:/proc/{}/ns/net", std::process::id())],
+        &["the host's network"],
+    );
+    self::refused(lab, &["--with-ns", "network:/nonexistent/netns"], &["/nonexistent/netns", "o such file"]);
+    self::refused(lab, &["--with-ns", "network:/dev/null"], &["/dev/null", "not a network namespace"]);
     Ok(())
 }
 

@@ -11,6 +11,7 @@ mod exec;
 mod files;
 mod lifecycle;
 mod machine;
+mod net;
 mod options;
 mod run;
 mod stdio;
@@ -29,5 +30,6 @@ fn main() -> ExitCode {
         cli::TESTS,
         machine::TESTS,
         crash::TESTS,
+        net::TESTS,
     ])
 }

@@ -6,6 +6,7 @@
 //! Bounds: [`CHAIN`] bytes of one buffer and [`BATCH`] buffers in one call; nothing is stored here.
 
 use std::{
+    fs::File,
     io,
     os::fd::{AsFd, OwnedFd},
     sync::{
@@ -15,11 +16,10 @@ use std::{
 };
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
-use vz_sys::memory::{MAX_PIECES, writev};
 
 use crate::{
     Backend, Error, Kicks, Kind, Memory, Queues, Source,
-    chain::{Buffers, Chain, Malformed, Served, Slice, serve},
+    chain::{Buffers, Chain, Malformed, Served, serve},
     limit::Mistakes,
     wake::Wake,
 };
@@ -62,7 +62,7 @@ impl Dropped {
 #[derive(Debug)]
 pub struct Console {
     /// `None` once the reader is gone.
-    output: Option<OwnedFd>,
+    output: Option<File>,
     dropped: Dropped,
     wake: Wake,
     mistakes: Mistakes,
@@ -76,7 +76,7 @@ impl Console {
         let flags = OFlag::from_bits_retain(fcntl(output.as_fd(), FcntlArg::F_GETFL)?);
         fcntl(output.as_fd(), FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
         Ok(Self {
-            output: Some(output),
+            output: Some(File::from(output)),
             dropped: Dropped::default(),
             wake: Wake::new()?,
             mistakes: Mistakes::new("console"),
@@ -95,32 +95,22 @@ impl Console {
             return Err(BadOutput::Empty);
         }
         data.truncate(CHAIN);
-        let written = self.write(&data.into_pieces());
+        let written = match &mut self.output {
+            Some(output) => {
+                let (written, result) = data.drain_to(output);
+                match result {
+                    Err(e) if e.kind() != io::ErrorKind::WouldBlock => {
+                        tracing::info!("console output goes nowhere from here on: {e}");
+                        self.output = None;
+                    }
+                    _ => {}
+                }
+                written
+            }
+            None => 0,
+        };
         self.dropped.add(len.saturating_sub(written));
         if len > CHAIN { Err(BadOutput::TooLong(len)) } else { Ok(()) }
-    }
-
-    /// Writes as much as there is room for; how many bytes.
-    fn write(&mut self, pieces: &[Slice<'_>]) -> usize {
-        let mut written = 0usize;
-        for part in pieces.chunks(MAX_PIECES) {
-            let Some(output) = &self.output else { break };
-            match writev(output, part, None) {
-                Ok(count) => {
-                    written = written.saturating_add(count);
-                    if count < part.iter().map(Slice::len).sum() {
-                        break;
-                    }
-                }
-                // Output that a signal or a full pipe stopped is lost.
-                Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => break,
-                Err(e) => {
-                    tracing::info!("console output goes nowhere from here on: {e}");
-                    self.output = None;
-                }
-            }
-        }
-        written
     }
 
     fn run(&mut self, queues: Queues<'_, '_>, memory: &Memory) -> Result<Kicks, Error> {
