@@ -16,7 +16,10 @@ use oci_spec::runtime::Spec;
 use tokio::sync::{Notify, Semaphore, mpsc};
 use vz_config::Config;
 use vz_linux::Bundle;
-use vz_machine::control::{BootConfig, Cause, Ended, MachineChoice};
+use vz_machine::{
+    control::{BootConfig, Cause, Ended, MachineChoice},
+    verdict::Host,
+};
 use vz_proto::{CONTROL_PORT, Event, LOG_PORT, SHARE_TAG, event};
 
 use crate::{
@@ -371,6 +374,9 @@ impl Sandbox {
             Some(ended) if ended.console.is_empty() => ended.message.clone(),
             Some(ended) => format!("{}; guest console: {}", ended.message, ended.console.trim()),
         };
+        if let Some(ended) = ended.filter(|ended| ended.cause == Cause::Kvm) {
+            Host::this().mark_unusable(&ended.message);
+        }
         match ended.map(|ended| ended.cause) {
             _ if self.ending.load(Ordering::Relaxed) => tracing::debug!("vm has ended"),
             Some(Cause::Killed) => tracing::info!(why, "vm has ended"),

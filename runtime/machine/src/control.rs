@@ -82,6 +82,9 @@ pub enum Cause {
     Panic,
     /// The machine itself failed or was killed.
     Machine,
+    /// KVM failed before the agent connected, which is to say that this host's KVM cannot run our guest. The shim then
+    /// marks the host, see [`crate::verdict::Host::mark_unusable`].
+    Kvm,
     /// [`Request::Kill`], or the shim died.
     Killed,
 }
@@ -94,6 +97,16 @@ pub enum MachineKind {
     Kvm,
     /// QEMU's `microvm`, software emulation.
     Qemu,
+}
+
+impl MachineKind {
+    /// Its name, as in the configuration.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Kvm => "kvm",
+            Self::Qemu => "qemu",
+        }
+    }
 }
 
 /// Which machine is wanted.

@@ -155,6 +155,7 @@ impl Machine for KvmMachine {
     fn wait(&mut self) -> io::Result<Exit> {
         Ok(match self.ending.reason() {
             Some(end) if end.is_orderly() => Exit::Guest,
+            Some(end) if end.blames_kvm() => Exit::Unfit(end.to_string()),
             Some(end) => Exit::Failed(end.to_string()),
             None => Exit::Failed("machine ended without a reason".into()),
         })

@@ -9,11 +9,15 @@ pub mod control;
 mod devices;
 mod kvm;
 mod qemu;
+pub mod select;
+pub mod verdict;
 pub mod vmm;
 
-use control::{BootConfig, MachineChoice, MachineKind};
+use control::{BootConfig, MachineKind};
 use devices::Devices;
+use select::{Reason, Refused, Selection};
 use vmm::Alarm;
+use vz_probe::Unusable;
 
 /// A machine that runs a guest.
 ///
@@ -52,6 +56,8 @@ enum Exit {
     Guest,
     /// The machine failed or was killed; how, for people.
     Failed(String),
+    /// The host's KVM cannot run the guest; why, for people.
+    Unfit(String),
 }
 
 /// Why a machine could not be started. What to do about it is in the texts.
@@ -75,6 +81,10 @@ enum LaunchError {
     Balloon(#[source] io::Error),
     #[error("get random bytes")]
     Random(#[source] io::Error),
+    #[error(transparent)]
+    Refused(#[from] Refused),
+    #[error("no machine can run on this host: {kvm}; {advice}; and QEMU", advice = kvm.advice())]
+    Neither { kvm: Unusable, source: vz_qemu::Error },
     #[error("{nics} network cards need {wanted} tap descriptors, got {found}")]
     Taps { nics: usize, wanted: usize, found: usize },
     #[error("machine \"qemu\" has room for {most} network cards, not {found}")]
@@ -85,7 +95,7 @@ enum LaunchError {
     Shape { vcpus: u32, memory_mib: u64 },
 }
 
-/// Starts the machine that the configuration asks for. `taps` belong to its network cards.
+/// Starts the machine that the configuration asks for, or the best that works. `taps` belong to its network cards.
 fn launch(config: &BootConfig, bundle: &vz_linux::Bundle, taps: Vec<OwnedFd>) -> Result<Box<dyn Machine>, LaunchError> {
     if config.vcpus == 0 || config.memory_mib == 0 {
         return Err(LaunchError::Shape { vcpus: config.vcpus, memory_mib: config.memory_mib });
@@ -94,8 +104,14 @@ fn launch(config: &BootConfig, bundle: &vz_linux::Bundle, taps: Vec<OwnedFd>) ->
     if taps.len() != wanted {
         return Err(LaunchError::Taps { nics: config.nics.len(), wanted, found: taps.len() });
     }
-    match config.machine {
-        MachineChoice::Kvm => Ok(Box::new(kvm::KvmMachine::launch(config, bundle, taps)?)),
-        MachineChoice::Auto | MachineChoice::Qemu => Ok(Box::new(qemu::QemuMachine::launch(config, bundle, taps)?)),
+    let Selection { kind, reason } = select::select(config.machine, &verdict::Host::this())?;
+    tracing::debug!(?kind, "machine is chosen: {reason}");
+    match kind {
+        MachineKind::Kvm => Ok(Box::new(kvm::KvmMachine::launch(config, bundle, taps)?)),
+        MachineKind::Qemu => match (qemu::QemuMachine::launch(config, bundle, taps), reason) {
+            (Ok(machine), _) => Ok(Box::new(machine)),
+            (Err(LaunchError::Qemu(source)), Reason::Unusable(kvm)) => Err(LaunchError::Neither { kvm, source }),
+            (Err(e), _) => Err(e),
+        },
     }
 }

@@ -285,6 +285,9 @@ impl Loop {
                 }
                 None => (Cause::Shutdown, "guest shut down".into()),
             },
+            // Once the agent has connected the guest is not ours alone any more, and may have brought this about.
+            (_, Exit::Unfit(how)) if self.boot_deadline.is_some() => (Cause::Kvm, how.clone()),
+            (_, Exit::Unfit(how)) => (Cause::Machine, how.clone()),
             (_, Exit::Failed(how)) => {
                 let said = String::from_utf8_lossy(&self.complaints);
                 let message = match said.trim() {

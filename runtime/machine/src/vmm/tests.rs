@@ -163,6 +163,12 @@ fn a_machine_that_says_no() {
 }
 
 #[test]
+fn a_kvm_that_cannot_run_the_guest() {
+    let ended = rig(Exit::Unfit("KVM cannot run this guest: internal error 1".into()), 60_000).end("", "");
+    assert_eq!((ended.cause, ended.message.as_str()), (Cause::Kvm, "KVM cannot run this guest: internal error 1"));
+}
+
+#[test]
 fn a_guest_that_does_not_connect() {
     let rig = rig(Exit::Failed("QEMU was killed by SIGKILL".into()), 50);
     (&rig.console).write_all(b"stuck").unwrap();
