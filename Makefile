@@ -7,7 +7,11 @@ SHELL := /bin/bash
 PREFIX ?= /usr/local
 DESTDIR ?=
 CARGO ?= cargo
-SHIM := target/release/containerd-shim-vz-v2
+PROGRAMS := $(addprefix target/release/,containerd-shim-vz-v2 vz)
+
+share := $(DESTDIR)$(PREFIX)/share
+# Where each shell looks for them.
+completions := $(addprefix $(share)/,bash-completion/completions/vz zsh/site-functions/_vz fish/vendor_completions.d/vz.fish)
 
 include mk/*.mk
 
@@ -20,8 +24,8 @@ help: ## Show this list
 setup: ## Install what building and testing need (Debian packages; asks for root)
 	@mk/setup
 
-build: ## Build the shim (release) into target/release
-	@$(CARGO) build --release --locked -p containerd-shim-vz-v2
+build: ## Build the shim and vz (release) into target/release
+	@$(CARGO) build --release --locked -p containerd-shim-vz-v2 -p vz-cli
 
 run: setup build bundle ## From nothing to a container in a microVM: installs, builds, starts the devbox, runs one
 	@mk/run
@@ -34,14 +38,20 @@ lint: ## Check formatting, clippy, shell scripts and dependencies' licences
 fmt: ## Format the code
 	@$(CARGO) fmt --all
 
-install: build bundle ## Install the shim, its configuration and the guest bundle below PREFIX (/usr/local)
-	install -D -m 755 $(SHIM) $(DESTDIR)$(PREFIX)/bin/containerd-shim-vz-v2
-	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/vz/linux/container out/container/*
+install: build bundle ## Install the shim, vz, its man pages and completions, the guest bundle, a configuration; PREFIX=/usr/local
+	install -D -m 755 -t $(DESTDIR)$(PREFIX)/bin $(PROGRAMS)
+	install -D -m 644 -t $(share)/vz/linux/container out/container/*
+	target/release/vz man $(share)/man/man1
+	mkdir -p $(dir $(completions))
+	target/release/vz completions bash >$(word 1,$(completions))
+	target/release/vz completions zsh >$(word 2,$(completions))
+	target/release/vz completions fish >$(word 3,$(completions))
 	[ -e $(DESTDIR)/etc/vz/config.toml ] || install -D -m 644 config/vz.toml $(DESTDIR)/etc/vz/config.toml
 
 uninstall: ## Remove what install has put there; the configuration stays
-	rm -f $(DESTDIR)$(PREFIX)/bin/containerd-shim-vz-v2
-	rm -rf $(DESTDIR)$(PREFIX)/share/vz
+	rm -f $(addprefix $(DESTDIR)$(PREFIX)/bin/,$(notdir $(PROGRAMS)))
+	rm -f $(completions) $(share)/man/man1/vz.1 $(share)/man/man1/vz-*.1
+	rm -rf $(share)/vz
 
 clean: ## Delete what was built here; caches outside stay
 	rm -rf target out

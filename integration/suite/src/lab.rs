@@ -77,7 +77,9 @@ impl Lab {
         let bundle = variable("VZ_LINUX_DIR").map_or_else(|| repository.join("out/container"), PathBuf::from);
         let shim = bin_dir.join("containerd-shim-vz-v2");
         if runtime.contains(".vz.") {
-            for (file, target) in [(shim.clone(), "build"), (bundle.join("version.json"), "bundle")] {
+            for (file, target) in
+                [(shim.clone(), "build"), (bin_dir.join("vz"), "build"), (bundle.join("version.json"), "bundle")]
+            {
                 if !file.exists() {
                     return Err(broken(format!("{} does not exist: run `make {target}`", file.display())));
                 }
@@ -239,6 +241,11 @@ impl Lab {
         self.program("nerdctl").args(args)
     }
 
+    /// `vz`, with the shim's configuration and guest bundle.
+    pub fn vz(&self, args: &[&str]) -> Program {
+        Program::new(self.shim.with_file_name("vz")).envs(&self.env).args(args)
+    }
+
     /// `ctr run` with the runtime.
     pub fn ctr_run(&self, args: &[&str]) -> Program {
         self.ctr(&["run", "--runtime", &self.runtime]).args(args)
@@ -355,8 +362,8 @@ impl Lab {
         fs::metadata(self.log_path()).map_or(0, |data| data.len())
     }
 
-    /// The warnings and errors in containerd's log since then, the last of them; a shim's are among them.
-    pub fn log_since(&self, mark: u64) -> String {
+    /// All of containerd's log since then; what the shims say is in it.
+    pub fn log_lines_since(&self, mark: u64) -> String {
         let Ok(mut file) = fs::File::open(self.log_path()) else { return String::new() };
         // A containerd that was started again has a new log.
         let start = if file.metadata().is_ok_and(|data| data.len() >= mark) { mark } else { 0 };
@@ -364,7 +371,12 @@ impl Lab {
         if file.seek(SeekFrom::Start(start)).and_then(|_| file.read_to_end(&mut text)).is_err() {
             return String::new();
         }
-        let text = String::from_utf8_lossy(&text);
+        String::from_utf8_lossy(&text).into_owned()
+    }
+
+    /// The warnings and errors in containerd's log since then, the last of them; a shim's are among them.
+    pub fn log_since(&self, mark: u64) -> String {
+        let text = self.log_lines_since(mark);
         let bad = |line: &&str| ["level=warn", "level=error", "level=fatal"].iter().any(|level| line.contains(level));
         let lines: Vec<_> = text.lines().filter(bad).collect();
         let shown = &lines[lines.len().saturating_sub(LOG_LINES)..];

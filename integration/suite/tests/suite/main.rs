@@ -2,6 +2,7 @@
 
 use std::process::ExitCode;
 
+mod check;
 mod checker;
 mod cli;
 mod crash;
@@ -19,6 +20,7 @@ mod stdio;
 fn main() -> ExitCode {
     vz_suite::harness::main(&[
         checker::TESTS,
+        check::TESTS,
         run::TESTS,
         files::TESTS,
         options::TESTS,

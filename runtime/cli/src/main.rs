@@ -1,0 +1,52 @@
+//! `vz`: checks a host for the runtime `io.containerd.vz.v2`, and shows what runs on it.
+
+use std::{
+    io::{self, Write},
+    path::Path,
+    process::ExitCode,
+};
+
+use clap::{CommandFactory, Parser};
+
+mod args;
+mod check;
+mod sandboxes;
+mod table;
+
+use args::{Args, Command};
+
+fn main() -> ExitCode {
+    let done = match Args::parse().command {
+        Command::Check { probe, json } => check::run(probe, json),
+        Command::Ps { json } => {
+            sandboxes::list(json).and_then(|text| print(text.as_bytes())).map(|()| ExitCode::SUCCESS)
+        }
+        Command::Logs { sandbox, .. } => {
+            sandboxes::console(&sandbox).and_then(|text| print(&text)).map(|()| ExitCode::SUCCESS)
+        }
+        Command::Completions { shell } => {
+            let mut text = Vec::new();
+            clap_complete::generate(shell, &mut Args::command(), "vz", &mut text);
+            print(&text).map(|()| ExitCode::SUCCESS)
+        }
+        Command::Man { dir } => man(&dir).map(|()| ExitCode::SUCCESS),
+    };
+    done.unwrap_or_else(|error| {
+        eprintln!("vz: {error}");
+        ExitCode::FAILURE
+    })
+}
+
+/// Writes to standard output; a reader that has seen enough is no failure.
+fn print(text: &[u8]) -> io::Result<()> {
+    let mut stdout = io::stdout().lock();
+    match stdout.write_all(text).and_then(|()| stdout.flush()) {
+        Err(e) if e.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        other => other,
+    }
+}
+
+fn man(dir: &Path) -> io::Result<()> {
+    let context = |e: io::Error| io::Error::new(e.kind(), format!("write man pages into {}: {e}", dir.display()));
+    std::fs::create_dir_all(dir).and_then(|()| clap_mangen::generate_to(Args::command(), dir)).map_err(context)
+}
