@@ -11,7 +11,7 @@ use std::{
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, AtomicU32, Ordering},
-        mpsc::{Receiver, Sender, SyncSender, channel, sync_channel},
+        mpsc::{Receiver, SyncSender, sync_channel},
     },
 };
 
@@ -47,6 +47,8 @@ impl fmt::Debug for Worker {
 const COMMAND: u64 = 0;
 const QUEUE: u64 = 1;
 const SOURCE: u64 = 1 << 32;
+/// Commands that wait for a worker. A guest that writes faster than its device takes it waits, and nothing grows.
+const COMMANDS: usize = 16;
 /// Events that are taken at once.
 const EVENTS: usize = 16;
 
@@ -127,7 +129,7 @@ enum Command {
 /// The vCPUs' way to a worker.
 #[derive(Debug)]
 struct Line {
-    commands: Sender<Command>,
+    commands: SyncSender<Command>,
     wake: Arc<EventFd>,
     /// The device's queues that the worker serves, in its order.
     queues: Vec<usize>,
@@ -180,7 +182,7 @@ impl Device {
                 .filter_map(|bit| bit.try_into().ok())
                 .collect();
             sizes.extend(queues.iter().copied().zip(worker.backend.queue_sizes().iter().copied()));
-            let (commands, received) = channel();
+            let (commands, received) = sync_channel(COMMANDS);
             let wake = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).map_err(Error::system("make eventfd"))?;
             let wake = Arc::new(wake);
             lines.push(Line { commands, wake: Arc::clone(&wake), queues: queues.clone() });

@@ -217,6 +217,19 @@ fn the_configuration_space_is_written_within_its_bounds() {
 }
 
 #[test]
+fn a_flood_of_configuration_writes_is_taken_one_by_one() {
+    let guest = guest();
+    guest.write(0x70, 3);
+    for n in 0..1000u32 {
+        guest.registers.write(0x100, &n.to_le_bytes()[..1]);
+    }
+    guest.registers.device.reset();
+    let said: Vec<String> = guest.said.try_iter().collect();
+    assert_eq!(said.len(), 1001);
+    assert_eq!(said.last().unwrap(), RESET);
+}
+
+#[test]
 fn accesses_of_other_widths_and_places_do_nothing() {
     let guest = guest();
     for offset in 0..0x100 {
