@@ -48,10 +48,11 @@ pub fn select(choice: MachineChoice, host: &Host) -> Result<Selection, Refused> 
 pub fn select_by(choice: MachineChoice, kvm: impl FnOnce() -> Result<Speed, Unusable>) -> Result<Selection, Refused> {
     let (kind, reason) = match choice {
         MachineChoice::Qemu => (MachineKind::Qemu, Reason::Configured),
-        MachineChoice::Kvm => {
-            kvm().map_err(Refused)?;
-            (MachineKind::Kvm, Reason::Configured)
-        }
+        MachineChoice::Kvm => match kvm() {
+            // What may have been the moment's is not held against somebody who knows what they want.
+            Err(why) if why.is_lasting() => return Err(Refused(why)),
+            _ => (MachineKind::Kvm, Reason::Configured),
+        },
         MachineChoice::Auto => match kvm() {
             Err(why) => (MachineKind::Qemu, Reason::Unusable(why)),
             Ok(speed) => (MachineKind::Kvm, Reason::Works(speed)),
@@ -80,6 +81,8 @@ mod tests {
     fn kvm_is_kvm_or_nothing() {
         assert_eq!(select_by(MachineChoice::Kvm, || FAST).unwrap().kind, MachineKind::Kvm);
         assert_eq!(select_by(MachineChoice::Kvm, || NONE), Err(Refused(Unusable::Missing)));
+        let late = select_by(MachineChoice::Kvm, || Err(Unusable::Deadline { ms: 5000 }));
+        assert_eq!(late.unwrap().kind, MachineKind::Kvm);
         let said = Refused(Unusable::Permission).to_string();
         assert!(said.contains("may not be opened") && said.contains("run as root"), "{said}");
     }

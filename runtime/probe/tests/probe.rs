@@ -34,7 +34,7 @@ fn a_probe_has_a_verdict_within_its_deadline(kvm: &Kvm) {
     let verdict = kvm.probe();
     println!("  {verdict:?}");
     // And the time in which a child is given up that cannot be killed.
-    assert!(begun.elapsed() < DEADLINE + Duration::from_millis(300));
+    assert!(begun.elapsed() < DEADLINE + Duration::from_millis(300), "{:?}", begun.elapsed());
     match verdict {
         Ok(_) | Err(Unusable::TooSlow { .. }) => {}
         Err(Unusable::InternalError { suberror, bytes }) => assert!(suberror != 1 || !bytes.is_empty()),
@@ -56,7 +56,7 @@ fn a_guest_that_loops_is_ended(kvm: &Kvm) {
     // jmp to itself
     let verdict = kvm.run(&Payload::new(&[0xeb, 0xfe]), Duration::from_millis(100));
     assert_eq!(verdict, Err(Unusable::Deadline { ms: 100 }));
-    assert!(begun.elapsed() < Duration::from_millis(500), "{:?}", begun.elapsed());
+    assert!(begun.elapsed() < Duration::from_secs(2), "{:?}", begun.elapsed());
 }
 
 fn a_triple_fault_is_told(kvm: &Kvm) {
