@@ -50,9 +50,11 @@ pub(crate) enum Data {
     Raw(Bytes),
 }
 
-/// Opcodes, each with what its request consists of: `i` an inode, `h` a handle, `w` and `W` a number of 32 and 64 bits, `s` the
+/// Opcodes, those more than once that others need, each with what its request consists of: `i` an inode, `h` a handle, `w` and `W` a number of 32 and 64 bits, `s` the
 /// size of the data, `m` a mode, `f` flags of open, `p` nothing, `n` a name, `d` data.
-const REQUESTS: [(u32, &str); 36] = [
+const REQUESTS: [(u32, &str); 46] = [
+    (1, "n"),
+    (1, "n"),
     (1, "n"),
     (2, "W"),
     (3, "wph"),
@@ -66,7 +68,12 @@ const REQUESTS: [(u32, &str); 36] = [
     (12, "inn"),
     (13, "in"),
     (14, "fp"),
+    (14, "fp"),
+    (14, "fp"),
     (15, "hWwwWfp"),
+    (15, "hWwwWfp"),
+    (16, "hWswWfpd"),
+    (16, "hWswWfpd"),
     (16, "hWswWfpd"),
     (17, ""),
     (18, "hfwW"),
@@ -78,10 +85,13 @@ const REQUESTS: [(u32, &str); 36] = [
     (24, "n"),
     (25, "hwpW"),
     (27, "fp"),
+    (27, "fp"),
     (28, "hWwwWfp"),
     (29, "hfwW"),
     (34, "mp"),
-    (35, "fmwwn"),
+    (35, "fmpwn"),
+    (35, "fmpwn"),
+    (35, "fmpwn"),
     (42, "wpiWiW"),
     (43, "hWWwp"),
     (44, "hWwwWfp"),
@@ -124,16 +134,16 @@ impl<'a> Arbitrary<'a> for Request {
         // Numbers that are given out start from the bottom.
         let small = |u: &mut arbitrary::Unstructured<'a>| -> arbitrary::Result<u64> {
             Ok(match u8::arbitrary(u)? {
-                number @ 0..=0xfb => (number % 8).into(),
-                _ => Number::arbitrary(u)?.0,
+                number @ 0..=0xfb => (number % 4).into(),
+                _ => Number::arbitrary(u)?.0.min(u64::MAX - 1),
             })
         };
-        let inode = small(u)?.max(1);
+        let inode = small(u)? + 1;
         let data = if form.contains('d') { Bytes::arbitrary(u)?.0 } else { Vec::new() };
         let mut body = Vec::new();
         for field in form.chars() {
             match field {
-                'i' => body.extend(small(u)?.max(1).to_le_bytes()),
+                'i' => body.extend((small(u)? + 1).to_le_bytes()),
                 'h' => body.extend(small(u)?.to_le_bytes()),
                 'w' => body.extend(Number::arbitrary(u)?.u32().to_le_bytes()),
                 'W' => body.extend(Number::arbitrary(u)?.0.to_le_bytes()),
