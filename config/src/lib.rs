@@ -51,6 +51,8 @@ pub struct Config {
     pub timeouts: Timeouts,
     /// QEMU.
     pub qemu: Qemu,
+    /// The vmm process.
+    pub vmm: Vmm,
     /// The guest's console.
     pub console: Console,
 }
@@ -101,6 +103,8 @@ pub struct Vm {
     pub memory_mib: u64,
     /// MiB on top of a limit.
     pub memory_base_mib: u64,
+    /// MiB that running a VM may take on the host, on top of its size.
+    pub overhead_mib: u64,
     /// Most vCPUs; 0 means the host's.
     pub max_vcpus: u32,
     /// Most MiB; 0 means the host's.
@@ -127,6 +131,27 @@ pub struct Qemu {
     pub path: PathBuf,
 }
 
+/// `[vmm]`
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Vmm {
+    /// Whether it is in a user namespace of its own.
+    pub user_namespace: bool,
+    /// What happens where it makes a system call that its filters deny.
+    pub denied_calls: DeniedCalls,
+}
+
+/// What happens to a vmm process that makes a system call which its filters deny.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DeniedCalls {
+    /// The kernel kills it.
+    #[default]
+    Kill,
+    /// It logs which call it was, and ends.
+    Report,
+}
+
 /// `[console]`
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -145,6 +170,7 @@ impl Default for Config {
             vm: Vm::default(),
             timeouts: Timeouts::default(),
             qemu: Qemu::default(),
+            vmm: Vmm::default(),
             console: Console::default(),
         }
     }
@@ -152,7 +178,7 @@ impl Default for Config {
 
 impl Default for Vm {
     fn default() -> Self {
-        Self { vcpus: 1, memory_mib: 1024, memory_base_mib: 128, max_vcpus: 0, max_memory_mib: 0 }
+        Self { vcpus: 1, memory_mib: 1024, memory_base_mib: 128, overhead_mib: 384, max_vcpus: 0, max_memory_mib: 0 }
     }
 }
 
@@ -165,6 +191,12 @@ impl Default for Timeouts {
 impl Default for Qemu {
     fn default() -> Self {
         Self { path: "qemu-system-x86_64".into() }
+    }
+}
+
+impl Default for Vmm {
+    fn default() -> Self {
+        Self { user_namespace: true, denied_calls: DeniedCalls::default() }
     }
 }
 
@@ -301,6 +333,7 @@ impl Config {
         check("vm.vcpus", self.vm.vcpus.into(), 1, 254, "from 1 to 254")?;
         check("vm.memory_mib", self.vm.memory_mib, 64, 1 << 22, "from 64 to 4194304")?;
         check("vm.memory_base_mib", self.vm.memory_base_mib, 64, 1 << 22, "from 64 to 4194304")?;
+        check("vm.overhead_mib", self.vm.overhead_mib, 64, 1 << 22, "from 64 to 4194304")?;
         check("timeouts.boot_s", self.timeouts.boot_s, 1, 3600, "from 1 to 3600")?;
         check("timeouts.agent_s", self.timeouts.agent_s, 1, 3600, "from 1 to 3600")?;
         check("timeouts.drain_s", self.timeouts.drain_s, 0, 3600, "at most 3600")?;

@@ -8,7 +8,7 @@ use std::{
     future::Future,
     io::Read,
     sync::Arc,
-    time::{Duration, Instant, SystemTime},
+    time::{Duration, SystemTime},
 };
 
 use tokio::{net::UnixStream, sync::watch};
@@ -19,14 +19,14 @@ use ttrpc::{
 };
 use vz_proto::{AgentClient, Empty, Event, Hello, LogRecord, Welcome, frame};
 
-use crate::error::Error;
+use crate::{error::Error, limit::Limit};
 
 /// How long the handshake may take once the guest has connected.
 const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(10);
 /// How long a new connection may wait for the end of the one that it replaces.
 const REPLACE_DEADLINE: Duration = Duration::from_secs(2);
-/// Log records of the guest that are passed on per second; what is more is counted.
-const LOG_RATE: u32 = 200;
+/// Log records of the guest that are passed on in ten seconds; what is more is counted.
+pub const LOG_RATE: u32 = 1000;
 /// Longest log message, in bytes.
 const LOG_LINE: usize = 4096;
 
@@ -228,31 +228,15 @@ impl Agent {
     }
 }
 
-/// Passes the guest's log on until its connection ends.
-pub async fn forward_log(mut stream: UnixStream) {
-    let mut window = Instant::now();
-    let mut passed = 0u32;
-    let mut dropped = 0u64;
+/// Passes the guest's log on until its connection ends; `limit` is the sandbox's, however many connections it makes.
+pub async fn forward_log(mut stream: UnixStream, limit: &Limit) -> Result<(), frame::Error> {
     loop {
-        let record: LogRecord = match frame::read(&mut stream).await {
-            Ok(Some(record)) => record,
-            Ok(None) => return,
-            Err(error) => {
-                tracing::warn!(error = %crate::error::chain(&error), "guest log ended");
-                return;
-            }
-        };
-        if window.elapsed() >= Duration::from_secs(1) {
-            if dropped > 0 {
-                tracing::warn!(dropped, "guest logs too fast");
-            }
-            (window, passed, dropped) = (Instant::now(), 0, 0);
+        let Some(record) = frame::read::<LogRecord>(&mut stream).await? else { return Ok(()) };
+        match limit.admit() {
+            None => continue,
+            Some(0) => {}
+            Some(left_out) => tracing::warn!(left_out, "guest logs too fast"),
         }
-        if passed >= LOG_RATE {
-            dropped += 1;
-            continue;
-        }
-        passed += 1;
         let (container, message) = (bounded(&record.container_id), bounded(&record.message));
         match record.level.as_str() {
             "error" => tracing::error!(target: "guest", container, "{message}"),

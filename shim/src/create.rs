@@ -85,6 +85,9 @@ async fn host_side(sandbox: &Arc<Sandbox>, request: &CreateTaskRequest) -> Resul
     });
     let anchor = Anchor::start(&sandbox.share.rootfs(&request.id), sandbox.network.netns())?;
     sandbox.journal.process("anchor", anchor.pid())?;
+    if let Some(cgroup) = &sandbox.cgroup {
+        cgroup.add(anchor.pid())?;
+    }
     let context = Context { id: request.id.clone(), bundle: bundle.to_owned(), pid: anchor.pid(), annotations };
     let mut poststop = None;
     if plan.hooks.poststop().as_ref().is_some_and(|hooks| !hooks.is_empty()) {
@@ -139,6 +142,9 @@ async fn guest_side(sandbox: &Arc<Sandbox>, container: &Container, spec: Vec<u8>
 /// Starts a created container's init, in the network that it has by now.
 pub async fn start_init(sandbox: &Arc<Sandbox>, container: &Container) -> Result<(), Error> {
     network::update(sandbox).await?;
+    if let Some(cgroup) = &sandbox.cgroup {
+        cgroup.limit_cpu()?;
+    }
     let request = ContainerRequest { container_id: container.id.clone(), ..Default::default() };
     let asked =
         sandbox.agent.ask("start", |agent, context| async move { agent.start_container(context, &request).await });

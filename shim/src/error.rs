@@ -91,6 +91,9 @@ pub enum Error {
     /// The journal.
     #[error(transparent)]
     Journal(#[from] crate::journal::Error),
+    /// The cgroup.
+    #[error(transparent)]
+    Cgroup(#[from] crate::cgroup::Error),
     /// The vmm process.
     #[error(transparent)]
     Vmm(#[from] crate::vmm::Error),
@@ -110,7 +113,11 @@ impl Error {
             Self::NotFound { .. } | Self::Finished => Code::NOT_FOUND,
             Self::AlreadyExists { .. } => Code::ALREADY_EXISTS,
             Self::State { .. } => Code::FAILED_PRECONDITION,
-            Self::Invalid(_) | Self::Spec(_) | Self::ReadSpec { .. } | Self::Config(_) => Code::INVALID_ARGUMENT,
+            Self::Invalid(_)
+            | Self::Spec(_)
+            | Self::ReadSpec { .. }
+            | Self::Config(_)
+            | Self::Cgroup(crate::cgroup::Error::Path(_)) => Code::INVALID_ARGUMENT,
             Self::Unimplemented(_) => Code::UNIMPLEMENTED,
             Self::Sandbox(_) => Code::UNAVAILABLE,
             Self::AgentTimeout(_) => Code::DEADLINE_EXCEEDED,

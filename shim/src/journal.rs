@@ -22,6 +22,8 @@ use serde::{Deserialize, Serialize};
 use vz_net::netns::Netns;
 use vz_sys::process::Handle;
 
+use crate::cgroup;
+
 /// Where all sandboxes keep their state; a tmpfs on every host that has systemd.
 pub const STATE_ROOT: &str = "/run/vz";
 const FILE: &str = "journal";
@@ -45,6 +47,11 @@ pub enum Resource {
     },
     /// A unix socket.
     Socket {
+        /// Its path.
+        path: PathBuf,
+    },
+    /// A directory of a cgroup.
+    Cgroup {
         /// Its path.
         path: PathBuf,
     },
@@ -184,6 +191,7 @@ impl Journal {
         for resource in read(dir)?.into_iter().rev() {
             match resource {
                 Resource::Process { role, pid, start_time } => kill(&role, pid, start_time)?,
+                Resource::Cgroup { path } => remove(&path, |path| cgroup::remove(&path))?,
                 Resource::Socket { path } => remove(&path, fs::remove_file)?,
                 Resource::Redirect { netns, index, link } => take_back(&netns, index, &link)?,
                 Resource::Poststop { bundle, .. } => poststop(&bundle),
@@ -274,16 +282,25 @@ fn kill(role: &str, pid: i32, wanted: u64) -> Result<(), Error> {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(e) => return Err(fail(e)),
     }
-    handle.kill(Signal::SIGKILL).map_err(fail)?;
+    wait_for_end(&handle).map_err(fail)
+}
+
+/// Kills a process and waits until it is gone.
+pub fn end(pid: i32) -> io::Result<()> {
+    Handle::open(pid)?.map_or(Ok(()), |handle| wait_for_end(&handle))
+}
+
+fn wait_for_end(handle: &Handle) -> io::Result<()> {
+    handle.kill(Signal::SIGKILL)?;
     let deadline = Instant::now() + KILL_DEADLINE;
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
         let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
         match poll(&mut [PollFd::new(handle.as_fd(), PollFlags::POLLIN)], timeout) {
-            Ok(0) => return Err(fail(io::Error::from(io::ErrorKind::TimedOut))),
+            Ok(0) => return Err(io::ErrorKind::TimedOut.into()),
             Ok(_) => return Ok(()),
             Err(Errno::EINTR) => {}
-            Err(e) => return Err(fail(e.into())),
+            Err(e) => return Err(e.into()),
         }
     }
 }

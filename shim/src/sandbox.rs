@@ -24,21 +24,25 @@ use vz_proto::{CONTROL_PORT, Event, LOG_PORT, SHARE_TAG, event};
 
 use crate::{
     agent::{self, Agent},
+    cgroup::Cgroup,
     container::{Container, Exit, Process, State},
     error::{Error, chain},
     events::Publisher,
     hooks,
     journal::Journal,
+    limit::Limit,
     network::Network,
     share::Share,
     spec,
-    vmm::{self, Notice, Started, Vmm},
+    vmm::{self, Notice, Place, Started, Vmm},
 };
 
 /// Exit status of processes whose VM has ended, as if they had been killed.
 const KILLED: u32 = 137;
 /// How long a container's exec processes may take to be reaped after its init.
 const REAP_DEADLINE: Duration = Duration::from_secs(2);
+/// Lines in ten seconds about what a guest should not do.
+const COMPLAINTS: u32 = 20;
 /// Log connections of the guest at the same time.
 const LOG_CONNECTIONS: usize = 2;
 
@@ -48,6 +52,7 @@ pub struct Prepared {
     journal: Journal,
     share: Share,
     network: Network,
+    cgroup: Option<Cgroup>,
     vmm: Started,
     config: Config,
     agent_version: String,
@@ -78,6 +83,8 @@ pub struct Sandbox {
     pub share: Share,
     /// Its network.
     pub network: Network,
+    /// Its cgroup on the host, where that has any.
+    pub cgroup: Option<Cgroup>,
     /// Its VM.
     pub vmm: Vmm,
     /// Its guest's agent.
@@ -90,6 +97,10 @@ pub struct Sandbox {
     begun: Instant,
     /// Whether the VM's end is our own doing.
     ending: AtomicBool,
+    /// For lines about what the guest should not do.
+    complaints: Limit,
+    /// For what the guest wants to have logged.
+    records: Limit,
     containers: Mutex<HashMap<String, Option<Arc<Container>>>>,
 }
 
@@ -136,11 +147,14 @@ pub fn prepare(
         console_limit: config.console.limit_kib.saturating_mul(1024),
         qemu: config.qemu.path.clone(),
         kernel_args: config.guest.kernel_args.clone(),
+        report_denied_calls: config.vmm.denied_calls == vz_config::DeniedCalls::Report,
         log_level: config.log_level.as_str().into(),
     };
-    let vmm = vmm::start(boot, &cards.taps, stderr)?;
+    let cgroup = Cgroup::make(&journal, &spec, &identity.id, memory_mib, config.vm.overhead_mib)?;
+    let place = Place { user_namespace: config.vmm.user_namespace, cgroup: cgroup.as_ref() };
+    let vmm = vmm::start(boot, &cards.taps, &place, stderr)?;
     journal.process("vmm", vmm.pid())?;
-    Ok(Prepared { journal, share, network, vmm, config, agent_version: version.agent_version, begun })
+    Ok(Prepared { journal, share, network, cgroup, vmm, config, agent_version: version.agent_version, begun })
 }
 
 /// vCPUs and MiB for a container with this spec: its limits (memory plus the guest's own need), or the configured
@@ -193,11 +207,14 @@ impl Prepared {
             journal: self.journal,
             share: self.share,
             network: self.network,
+            cgroup: self.cgroup,
             publisher,
             shutdown: Notify::new(),
             agent_version: self.agent_version,
             begun: self.begun,
             ending: AtomicBool::new(false),
+            complaints: Limit::new(COMPLAINTS),
+            records: Limit::new(agent::LOG_RATE),
             containers: Mutex::default(),
         });
         let (notices, receiver) = vmm::notices();
@@ -268,22 +285,34 @@ impl Sandbox {
                 }
                 Notice::Accepted { port: LOG_PORT, stream } => match logs.clone().try_acquire_owned() {
                     Ok(permit) => {
+                        let sandbox = self.clone();
                         tokio::spawn(async move {
-                            agent::forward_log(stream).await;
+                            if let Err(error) = agent::forward_log(stream, &sandbox.records).await {
+                                sandbox.complain(&format!("guest log ended: {error}"));
+                            }
                             drop(permit);
                         });
                     }
-                    Err(_) => tracing::warn!("guest opens too many log connections"),
+                    Err(_) => self.complain("guest opens too many log connections"),
                 },
-                Notice::Accepted { port, .. } => tracing::warn!(port, "guest connected to an unknown port"),
+                Notice::Accepted { port, .. } => self.complain(&format!("guest connected to unknown port {port}")),
                 Notice::Ended(ended) => self.ended(ended.as_ref()),
             }
         }
     }
 
+    /// Logs what the guest should not do, which it can do as often as it likes.
+    fn complain(&self, what: &str) {
+        match self.complaints.admit() {
+            None => {}
+            Some(0) => tracing::warn!("{what}"),
+            Some(left_out) => tracing::warn!(left_out, "{what}"),
+        }
+    }
+
     async fn control(self: Arc<Self>, stream: tokio::net::UnixStream) {
         if !self.agent.is_free().await {
-            tracing::warn!("a second control connection of the guest is refused");
+            self.complain("a second control connection of the guest is refused");
             return;
         }
         let hostname = &self.identity.id[..self.identity.id.len().min(63)];
@@ -325,14 +354,15 @@ impl Sandbox {
                     event.set_container_id(container.id.clone());
                     self.publisher.publish("/tasks/oom", Box::new(event));
                 }
-                Err(_) => tracing::warn!("guest reports a lack of memory in an unknown container"),
+                Err(_) => self.complain("guest reports a lack of memory in an unknown container"),
             },
-            Some(_) | None => tracing::warn!("guest sent an unknown event"),
+            Some(_) | None => self.complain("guest sent an unknown event"),
         }
     }
 
     fn early_exit(&self, container: &str, status: u32) {
-        tracing::warn!(container = agent::bounded(container), status, "guest reports the end of an unknown process");
+        let container = agent::bounded(container);
+        self.complain(&format!("guest reports the end of an unknown process of {container:?}, status {status}"));
     }
 
     /// A process has ended: pass its output on, then tell everybody, in order.

@@ -266,6 +266,10 @@ fn guest_resources(mut resources: LinuxResources, dropped: &mut Vec<String>) -> 
             dropped.push("linux.resources.cpu.realtime*, which cgroup v2 does not have".into());
         }
         cpu.set_realtime_runtime(None).set_realtime_period(None);
+        // What clients say for the usual one.
+        if cpu.period() == Some(0) {
+            cpu.set_period(None);
+        }
     }
     if let Some(memory) = resources.memory_mut() {
         // The guest has no swap: the memory limit is the limit of both.
@@ -437,7 +441,7 @@ mod tests {
         let plan = plan(
             spec(|v| {
                 v["linux"]["resources"] = json!({
-                    "cpu": { "cpus": "3", "quota": 150_000, "period": 100_000 },
+                    "cpu": { "cpus": "3", "quota": 150_000, "period": 0 },
                     "memory": { "limit": 67_108_864, "swap": 67_108_864, "swappiness": 10 },
                     "pids": { "limit": 5 }, "blockIO": { "weight": 10 },
                 });
@@ -450,6 +454,7 @@ mod tests {
         let guest = serde_json::to_value(plan.guest).unwrap();
         assert_eq!(guest["linux"]["resources"]["memory"], json!({ "limit": 67_108_864 }));
         assert_eq!(guest["linux"]["resources"]["pids"]["limit"], 5);
+        assert_eq!(guest["linux"]["resources"]["cpu"].get("period"), None);
     }
 
     #[test]

@@ -23,7 +23,12 @@ use tokio::{
     sync::{mpsc, oneshot},
 };
 use vz_machine::control::{self, BootConfig, CONTROL_FD, Ended, Event, MachineKind, Request};
-use vz_sys::{channel::Channel, process::Command, process::Process};
+use vz_sys::{
+    channel::Channel,
+    process::{Command, Process, Steps},
+};
+
+use crate::cgroup::Cgroup;
 
 /// Guest-made connections that wait to be taken up.
 const ACCEPTED_QUEUE: usize = 16;
@@ -90,8 +95,17 @@ pub struct Vmm {
     next: AtomicU64,
 }
 
+/// Where the vmm process is on the host.
+#[derive(Debug)]
+pub struct Place<'a> {
+    /// Whether it is in a user namespace of its own.
+    pub user_namespace: bool,
+    /// Its cgroup.
+    pub cgroup: Option<&'a Cgroup>,
+}
+
 /// Starts the vmm process, with log lines to `stderr`, and tells it to boot, with `taps` for its network cards. Call it from the main thread, which the process does not outlive.
-pub fn start(config: BootConfig, taps: &[OwnedFd], stderr: Option<&File>) -> Result<Started, Error> {
+pub fn start(config: BootConfig, taps: &[OwnedFd], place: &Place<'_>, stderr: Option<&File>) -> Result<Started, Error> {
     let (ours, theirs) = Channel::pair().map_err(Error::Spawn)?;
     let null = OpenOptions::new().read(true).write(true).open("/dev/null").map_err(Error::Spawn)?;
     let stderr = stderr.unwrap_or(&null);
@@ -102,16 +116,28 @@ pub fn start(config: BootConfig, taps: &[OwnedFd], stderr: Option<&File>) -> Res
             environment.push(CString::new(pair).map_err(|e| Error::Spawn(e.into()))?);
         }
     }
-    let process = Command {
+    let user_namespace = if place.user_namespace { CloneFlags::CLONE_NEWUSER } else { CloneFlags::empty() };
+    let command = Command {
         program: c"/proc/self/exe".into(),
         args: vec![c"containerd-shim-vz-v2".into(), c"vmm".into()],
         env: environment,
         fds: vec![(null.as_fd(), 0), (null.as_fd(), 1), (stderr.as_fd(), 2), (theirs.as_fd(), CONTROL_FD)],
-        namespaces: CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWPID | CloneFlags::CLONE_NEWIPC,
+        namespaces: CloneFlags::CLONE_NEWNS
+            | CloneFlags::CLONE_NEWPID
+            | CloneFlags::CLONE_NEWIPC
+            | CloneFlags::CLONE_NEWNET
+            | CloneFlags::CLONE_NEWUTS
+            | CloneFlags::CLONE_NEWCGROUP
+            | user_namespace,
         outlives_parent: false,
-    }
-    .spawn()
-    .map_err(Error::Spawn)?;
+    };
+    // From in there the limit could not be raised.
+    let admit = |pid: nix::unistd::Pid| {
+        vz_sys::process::raise_open_files(pid, control::OPEN_FILES)?;
+        // Before it takes any memory, which is counted where it was taken.
+        place.cgroup.map_or(Ok(()), |cgroup| cgroup.add(pid.as_raw()).map_err(io::Error::other))
+    };
+    let process = command.spawn_with(Steps { parent: Some(&admit), child: None }).map_err(Error::Spawn)?;
     drop(theirs);
     let taps: Vec<_> = taps.iter().map(AsFd::as_fd).collect();
     control::send(&ours, &Request::Boot(Box::new(config)), &taps).map_err(Error::Send)?;

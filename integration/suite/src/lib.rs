@@ -19,6 +19,7 @@ pub mod container;
 pub mod events;
 pub mod harness;
 pub mod host;
+pub mod inject;
 pub mod lab;
 pub mod leaks;
 pub mod poll;

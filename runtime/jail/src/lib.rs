@@ -1,12 +1,30 @@
-//! Confinement of the `vmm` process and its threads.
+//! Confinement of the `vmm` process and its threads: the privileged sequence, and the one helper that starts threads.
 //!
-//! Each thread of the process has a [`Role`], and enters it by [`enter`] before it touches anything of the guest's; threads
-//! that we start ourselves are started by [`spawn`], which does that.
+//! The process gives up in this order, and cannot take back:
+//!
+//! 1. [`prepare`]: limits, dumpability, mounts that propagate back. The host's files can still be opened.
+//! 2. [`enter_root`]: the root is the share and nothing else. What was not opened before cannot be opened any more.
+//! 3. [`restrict`]: every capability but those that serving files needs, and every system call that no thread needs.
+//! 4. [`enter`], by each thread, before it touches anything of the guest's: what its [`Role`] does not need. The process's
+//!    first thread is the last to do so, as threads inherit what their maker may.
+//!
+//! Threat: a guest that has taken over a thread. Threads share an address space, so what one of them may, the others may
+//! have done for them; the boundary is the process's: root, namespaces and the filter of [`restrict`]. Roles make the way
+//! there longer.
 
 use std::{
     io,
     thread::{self, JoinHandle},
 };
+
+mod capabilities;
+pub mod emulator;
+mod filter;
+mod process;
+mod syscalls;
+
+pub use filter::Denied;
+pub use process::{OPEN_FILES, enter_root, prepare, restrict};
 
 /// What a thread does, and thereby what it may.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -29,17 +47,43 @@ pub enum Role {
     Protocol,
 }
 
-/// Why a thread could not be confined.
+impl Role {
+    /// All of them.
+    pub const ALL: [Self; 8] =
+        [Self::Main, Self::Vcpu, Self::Fs, Self::Vsock, Self::Net, Self::Block, Self::Device, Self::Protocol];
+}
+
+/// Why a process or a thread could not be confined.
 #[derive(Debug, thiserror::Error)]
-#[error("confine thread: {operation}")]
-pub struct Error {
-    operation: &'static str,
-    source: io::Error,
+pub enum Error {
+    /// A system call failed.
+    #[error("confine vmm: {operation}")]
+    System {
+        /// Which, and on what.
+        operation: &'static str,
+        /// Why.
+        source: io::Error,
+    },
+    /// A capability could not be dropped.
+    #[error("confine vmm: {operation}")]
+    Capabilities {
+        /// Of which set.
+        operation: &'static str,
+        /// Why.
+        source: caps::errors::CapsError,
+    },
+    /// A filter could not be made.
+    #[error("make system call filter for {0}")]
+    Compile(&'static str, #[source] seccompiler::BackendError),
+    /// A filter could not be installed.
+    #[error("install system call filter for {0}")]
+    Install(&'static str, #[source] seccompiler::Error),
 }
 
 /// Confines the calling thread to its role. Once, before it does anything else.
-pub fn enter(_role: Role) -> Result<(), Error> {
-    Ok(())
+pub fn enter(role: Role) -> Result<(), Error> {
+    capabilities::keep(role)?;
+    filter::install(role)
 }
 
 /// Starts a thread that is confined to its role before `f` runs. `refused` is called instead of `f` where it could not be.

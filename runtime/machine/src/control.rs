@@ -10,6 +10,7 @@ use vz_sys::channel::Channel;
 
 /// Descriptor under which the vmm process inherits its end of the channel.
 pub const CONTROL_FD: i32 = 3;
+pub use vz_jail::OPEN_FILES;
 
 /// From the shim.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -163,6 +164,8 @@ pub struct BootConfig {
     pub qemu: PathBuf,
     /// Appended to the guest's kernel command line.
     pub kernel_args: String,
+    /// For development: a thread that makes a system call which its filter denies says which, before the process ends.
+    pub report_denied_calls: bool,
     /// Lowest level that the vmm logs to its stderr: error, warn, info, debug, trace.
     pub log_level: String,
 }

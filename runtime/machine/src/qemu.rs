@@ -6,6 +6,7 @@ use std::{
     sync::Arc,
 };
 
+use vz_jail::Role;
 use vz_qemu::{Config, Device, Nic, Qemu};
 use vz_vhost::{Endpoint, OnFailure, Worker};
 
@@ -62,6 +63,7 @@ impl QemuMachine {
         }
         let mut qemu = Qemu::start(&Config {
             program: &program,
+            root: &config.state_dir,
             name: &config.sandbox,
             vcpus: config.vcpus,
             memory_mib: config.memory_mib,
@@ -113,7 +115,8 @@ impl Machine for QemuMachine {
     fn serve(&mut self, devices: Devices, alarm: Alarm) -> Result<(), LaunchError> {
         let on_failure: OnFailure = Arc::new(move |failure| alarm.raise(failure.to_string()));
         if let Some(endpoint) = self.vsock.take() {
-            let worker = Worker { backend: Box::new(devices.vsock), queues: 0b11, thread: "vsock".into() };
+            let worker =
+                Worker { backend: Box::new(devices.vsock), queues: 0b11, thread: "vsock".into(), role: Role::Vsock };
             vz_vhost::serve("vsock", VSOCK_QUEUES, vec![worker], endpoint, on_failure.clone())?;
         }
         if let Some(endpoint) = self.fs.take() {
@@ -126,6 +129,7 @@ impl Machine for QemuMachine {
                     backend: Box::new(queue),
                     queues: 1 << index,
                     thread: format!("fs-{index}"),
+                    role: Role::Fs,
                 })
                 .collect();
             vz_vhost::serve("fs", workers.len(), workers, endpoint, on_failure)?;

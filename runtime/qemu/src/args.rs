@@ -48,6 +48,8 @@ pub fn arguments(config: &Config<'_>, first: RawFd) -> Vec<String> {
     add("nodefaults", String::new());
     add("no-user-config", String::new());
     add("no-reboot", String::new());
+    // Filters on system calls; it needs no other process, and no other user.
+    add("sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny".into());
     add("display", "none".into());
     // Without ACPI the guest cannot power off, so it reboots and -no-reboot ends QEMU; with it, this machine hangs at boot
     // now and then. It does not boot without the timer (pit) and interrupt controller (pic) of a PC.
@@ -130,6 +132,7 @@ mod tests {
         let args = arguments(
             &Config {
                 program: Path::new("/qemu"),
+                root: Path::new("/run"),
                 name: "default/a,b",
                 vcpus: 2,
                 memory_mib: 300,

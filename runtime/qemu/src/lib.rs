@@ -7,7 +7,7 @@
 use std::{
     ffi::{CString, OsStr},
     fs::File,
-    io::{self, ErrorKind},
+    io::{self, ErrorKind, Seek},
     os::{
         fd::{AsFd, BorrowedFd, OwnedFd, RawFd},
         unix::{ffi::OsStrExt, fs::PermissionsExt, net::UnixStream},
@@ -17,11 +17,15 @@ use std::{
 
 use nix::{
     fcntl::OFlag,
-    sched::CloneFlags,
-    sys::{signal::Signal, wait::WaitStatus},
+    sys::{
+        memfd::{MFdFlags, memfd_create},
+        signal::Signal,
+        wait::WaitStatus,
+    },
     unistd::pipe2,
 };
-use vz_sys::process::{Command, Process};
+use vz_jail::emulator::{Emulator, NAMESPACES};
+use vz_sys::process::{Command, Process, Steps};
 
 mod args;
 
@@ -35,6 +39,8 @@ const FIRST_FD: RawFd = 3;
 pub struct Config<'a> {
     /// QEMU's program, found by [`find`].
     pub program: &'a Path,
+    /// A directory that is there; QEMU's process sees its own root in its place.
+    pub root: &'a Path,
     /// Shown in its command line, for people.
     pub name: &'a str,
     /// Virtual CPUs.
@@ -118,6 +124,20 @@ fn executable(path: &Path) -> io::Result<()> {
     }
 }
 
+/// A file that QEMU's user can open by its descriptor's name: itself, or a copy.
+fn readable(file: &File) -> Result<File, Error> {
+    let system = |operation| move |source| Error::System { operation, source };
+    if Emulator::can_reopen(file).map_err(system("look at kernel"))? {
+        return file.try_clone().map_err(system("share kernel"));
+    }
+    let copy = memfd_create(c"vz-boot", MFdFlags::MFD_CLOEXEC).map_err(|e| system("copy kernel")(e.into()))?;
+    let mut copy = File::from(copy);
+    let mut from = file;
+    from.rewind().map_err(system("copy kernel"))?;
+    io::copy(&mut from, &mut copy).map_err(system("copy kernel"))?;
+    Ok(copy)
+}
+
 /// A running QEMU.
 #[derive(Debug)]
 pub struct Qemu {
@@ -140,34 +160,31 @@ pub enum Exit {
 }
 
 impl Qemu {
-    /// Starts it. It is killed when the calling thread ends, so call this from the main thread.
+    /// Starts it, confined. It is killed when the calling thread ends, so call this from the main thread, while it is the only one.
     pub fn start(config: &Config<'_>) -> Result<Self, Error> {
         let system = |operation| move |e: nix::Error| Error::System { operation, source: e.into() };
         let (console, console_to) = pipe2(OFlag::O_CLOEXEC).map_err(system("make console pipe"))?;
         let (stderr, stderr_to) = pipe2(OFlag::O_CLOEXEC).map_err(system("make pipe"))?;
         let null = File::open("/dev/null").map_err(|source| Error::System { operation: "open /dev/null", source })?;
 
-        let mut inherited: Vec<BorrowedFd<'_>> = vec![config.kernel.as_fd(), config.initramfs.as_fd()];
+        let (kernel, initramfs) = (readable(config.kernel)?, readable(config.initramfs)?);
+        let mut inherited: Vec<BorrowedFd<'_>> = vec![kernel.as_fd(), initramfs.as_fd()];
         inherited.extend(config.devices.iter().map(|(_, socket)| socket.as_fd()));
         inherited.extend(config.nics.iter().flat_map(|nic| &nic.queues).map(AsFd::as_fd));
         let numbered: Vec<(BorrowedFd<'_>, RawFd)> = inherited.into_iter().zip(FIRST_FD..).collect();
         let mut fds = vec![(null.as_fd(), 0), (console_to.as_fd(), 1), (stderr_to.as_fd(), 2)];
         fds.extend(numbered.iter().copied());
 
+        let start = |source| Error::Start { program: config.program.to_owned(), source };
+        let emulator = Emulator::new(config.program, config.root).map_err(start)?;
+        let program = CString::new(emulator.program().as_os_str().as_bytes())?;
         let mut args = vec![CString::new(config.program.as_os_str().as_bytes())?];
         for argument in arguments(config, FIRST_FD) {
             args.push(CString::new(argument)?);
         }
-        let process = Command {
-            program: CString::new(config.program.as_os_str().as_bytes())?,
-            args,
-            env: Vec::new(),
-            fds,
-            namespaces: CloneFlags::empty(),
-            outlives_parent: false,
-        }
-        .spawn()
-        .map_err(|source| Error::Start { program: config.program.to_owned(), source })?;
+        let process = Command { program, args, env: Vec::new(), fds, namespaces: NAMESPACES, outlives_parent: false }
+            .spawn_with(Steps { parent: None, child: Some(&|| emulator.confine()) })
+            .map_err(start)?;
         Ok(Self { process, console: Some(console), stderr: Some(stderr) })
     }
 

@@ -13,6 +13,7 @@ pub mod mount;
 pub mod namespace;
 pub mod process;
 pub mod random;
+pub mod sigsys;
 pub mod socket;
 pub mod steer;
 pub mod tap;

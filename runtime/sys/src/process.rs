@@ -34,6 +34,45 @@ pub struct Command<'a> {
     pub outlives_parent: bool,
 }
 
+/// Raises the limits of open files of a process; where the system allows no more than there is, that must do.
+pub fn raise_open_files(pid: Pid, wanted: u64) -> io::Result<()> {
+    let limit = libc::rlimit { rlim_cur: wanted, rlim_max: wanted };
+    let mut old = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: both structures live for the whole call.
+    #[allow(unsafe_code)]
+    let done = unsafe {
+        match libc::prlimit(pid.as_raw(), libc::RLIMIT_NOFILE, ptr::null(), &raw mut old) {
+            0 if old.rlim_max < wanted => {
+                libc::prlimit(pid.as_raw(), libc::RLIMIT_NOFILE, &raw const limit, ptr::null_mut())
+            }
+            other => other,
+        }
+    };
+    match nix::errno::Errno::result(done) {
+        Ok(_) | Err(nix::errno::Errno::EPERM) => Ok(()),
+        Err(e) => Err(e.into()),
+    }
+}
+
+/// What happens between a process's start and its program.
+#[derive(Default, Clone, Copy)]
+pub struct Steps<'a> {
+    /// In the parent, with the process's pid, while the process waits: it can be put somewhere before it does anything.
+    pub parent: Option<&'a dyn Fn(Pid) -> io::Result<()>>,
+    /// In the process itself, with its descriptors in place; what fails is told by name. The parent must have one thread.
+    pub child: Option<&'a dyn Fn() -> Result<(), Failed>>,
+}
+
+impl std::fmt::Debug for Steps<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let mut steps = f.debug_struct("Steps");
+        steps.field("parent", &self.parent.is_some()).field("child", &self.child.is_some()).finish()
+    }
+}
+
+/// A step that failed: which, and why.
+pub type Failed = (&'static str, io::Error);
+
 /// A started process. Dropping it neither kills nor reaps.
 #[derive(Debug)]
 pub struct Process {
@@ -135,7 +174,17 @@ impl Command<'_> {
     /// this from one that stays.
     ///
     /// An error of exec itself comes back here, and no process is left then.
+    ///
+    /// In a new user namespace every user is who they are in the caller's.
     pub fn spawn(&self) -> io::Result<Process> {
+        self.spawn_with(Steps::default())
+    }
+
+    /// The same, with more steps on the way.
+    pub fn spawn_with(&self, steps: Steps<'_>) -> io::Result<Process> {
+        if steps.child.is_some() && std::fs::read_dir("/proc/self/task")?.count() != 1 {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "fork in a process with threads"));
+        }
         let args = pointers(&self.args);
         let env = pointers(&self.env);
         let (report, report_to) = pipe2(OFlag::O_CLOEXEC)?;
@@ -148,6 +197,10 @@ impl Command<'_> {
         let failed = duplicate(report_to.as_fd(), floor)?;
         // The read below ends when the child's copy is gone: keep none.
         drop(report_to);
+        let (low, low_to) = pipe2(OFlag::O_CLOEXEC)?;
+        let proceed = duplicate(low.as_fd(), floor)?;
+        let proceed_to = duplicate(low_to.as_fd(), floor)?;
+        drop((low, low_to));
         let parent = Pid::this();
 
         let mut pidfd: c_int = -1;
@@ -168,7 +221,16 @@ impl Command<'_> {
             // SAFETY: as above; never returns.
             #[allow(unsafe_code)]
             unsafe {
-                become_program(self, &args, &env, &moved, failed.as_raw_fd(), parent)
+                libc::close(proceed_to.as_raw_fd());
+                become_program(
+                    self,
+                    steps.child,
+                    &args,
+                    &env,
+                    &moved,
+                    (proceed.as_raw_fd(), failed.as_raw_fd()),
+                    parent,
+                )
             }
         }
         drop(failed);
@@ -176,32 +238,76 @@ impl Command<'_> {
         #[allow(unsafe_code)]
         let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
         let process = Process { pid: Pid::from_raw(i32::try_from(pid).map_err(io::Error::other)?), pidfd };
-        let mut errno = [0u8; 4];
+        drop(proceed);
+        if let Err(e) = self.admit(process.pid, steps) {
+            process.kill(Signal::SIGKILL)?;
+            process.wait()?;
+            return Err(e);
+        }
+        match nix::unistd::write(&proceed_to, &[1]) {
+            // The child has ended already; the report says why.
+            Ok(_) | Err(nix::errno::Errno::EPIPE) => {}
+            Err(e) => return Err(e.into()),
+        }
+        let mut said = [0u8; REPORT];
         loop {
-            return match nix::unistd::read(&report, &mut errno) {
+            return match nix::unistd::read(&report, &mut said) {
                 Ok(0) => Ok(process),
-                Ok(_) => {
+                Ok(len) => {
                     process.wait()?;
-                    Err(io::Error::from_raw_os_error(i32::from_ne_bytes(errno)))
+                    Err(failure(&said[..len]))
                 }
                 Err(nix::errno::Errno::EINTR) => continue,
                 Err(e) => Err(e.into()),
             };
         }
     }
+
+    /// The parent's side, while the child waits.
+    fn admit(&self, pid: Pid, steps: Steps<'_>) -> io::Result<()> {
+        if self.namespaces.contains(CloneFlags::CLONE_NEWUSER) {
+            for map in ["uid_map", "gid_map"] {
+                // Everybody that there is here, as themselves.
+                let ours = std::fs::read_to_string(format!("/proc/self/{map}"))?;
+                let lines = ours.lines().filter_map(|line| {
+                    let mut fields = line.split_whitespace();
+                    let (first, _, count) = (fields.next()?, fields.next()?, fields.next()?);
+                    Some(format!("{first} {first} {count}\n"))
+                });
+                // In one write, as the kernel wants it.
+                std::fs::write(format!("/proc/{pid}/{map}"), lines.collect::<String>())?;
+            }
+        }
+        steps.parent.map_or(Ok(()), |step| step(pid))
+    }
 }
 
-/// The child's side: descriptors, signals, exec. Reports errno through `failed` and exits where it cannot.
+/// Bytes of a child's report: errno, and the name of the step that failed.
+const REPORT: usize = 128;
+
+fn failure(report: &[u8]) -> io::Error {
+    let Some((errno, step)) = report.split_first_chunk() else { return io::ErrorKind::UnexpectedEof.into() };
+    let error = io::Error::from_raw_os_error(i32::from_ne_bytes(*errno));
+    if step.is_empty() {
+        error
+    } else {
+        io::Error::new(error.kind(), format!("{}: {error}", String::from_utf8_lossy(step)))
+    }
+}
+
+/// The child's side: descriptors, signals, exec. Waits for a byte from `proceed` first; reports errno through `failed` and
+/// exits where it cannot.
 ///
 /// # Safety
-/// Only in a child that was just forked. Pointers in `args` and `env` are NUL-terminated strings, null last.
+/// Only in a child that was just forked, of a process with one thread where there is a step. Pointers in `args` and `env` are NUL-terminated strings, null last.
 #[allow(unsafe_code)]
 unsafe fn become_program(
     command: &Command<'_>,
+    step: Option<&dyn Fn() -> Result<(), Failed>>,
     args: &[*const c_char],
     env: &[*const c_char],
     fds: &[(OwnedFd, RawFd)],
-    failed: RawFd,
+    (proceed, failed): (RawFd, RawFd),
     parent: Pid,
 ) -> ! {
     // SAFETY: system calls on descriptors and strings that the caller owns.
@@ -218,6 +324,15 @@ unsafe fn become_program(
                     libc::_exit(0);
                 }
             }
+            let mut byte = 0u8;
+            loop {
+                match libc::read(proceed, (&raw mut byte).cast(), 1) {
+                    1 => break,
+                    -1 if *libc::__errno_location() == libc::EINTR => {}
+                    // The parent is gone, or does not want it.
+                    _ => libc::_exit(0),
+                }
+            }
             let mut none: libc::sigset_t = std::mem::zeroed();
             libc::sigemptyset(&raw mut none);
             libc::sigprocmask(libc::SIG_SETMASK, &raw const none, ptr::null_mut());
@@ -230,6 +345,16 @@ unsafe fn become_program(
                 if libc::dup2(fd.as_raw_fd(), *target) < 0 {
                     break 'failed;
                 }
+            }
+            if let Some(step) = step
+                && let Err((name, error)) = step()
+            {
+                let mut report = [0u8; REPORT];
+                report[..4].copy_from_slice(&error.raw_os_error().unwrap_or(libc::EIO).to_ne_bytes());
+                let len = name.len().min(REPORT - 4);
+                report[4..4 + len].copy_from_slice(&name.as_bytes()[..len]);
+                libc::write(failed, report.as_ptr().cast(), 4 + len);
+                libc::_exit(127);
             }
             libc::execve(command.program.as_ptr(), args.as_ptr(), env.as_ptr());
         }
@@ -322,6 +447,61 @@ mod tests {
             assert_eq!(said, wanted);
         }
         process.wait().unwrap();
+    }
+
+    #[test]
+    fn a_program_in_a_user_namespace_of_its_own_is_who_it_was() {
+        if !nix::unistd::geteuid().is_root() {
+            println!("skipped: not root");
+            return;
+        }
+        let (from, to) = pipe2(OFlag::O_CLOEXEC).unwrap();
+        let mut command =
+            shell("read _ _ n </proc/self/uid_map; echo $(id -u) $n; grep CapEff /proc/self/status", Vec::new());
+        command.fds = vec![(to.as_fd(), 1)];
+        command.namespaces = CloneFlags::CLONE_NEWUSER;
+        let pid = std::cell::Cell::new(None);
+        let process = command
+            .spawn_with(Steps {
+                parent: Some(&|of| {
+                    pid.set(Some(of));
+                    Ok(())
+                }),
+                child: None,
+            })
+            .unwrap();
+        drop(command);
+        drop(to);
+        assert_eq!(pid.get(), Some(process.pid()));
+        let mut said = String::new();
+        File::from(from).read_to_string(&mut said).unwrap();
+        let ours = std::fs::read_to_string("/proc/self/uid_map").unwrap();
+        let count = ours.split_whitespace().nth(2).unwrap();
+        assert!(said.starts_with(&format!("0 {count}\nCapEff:")), "{said}");
+        assert!(!said.contains("0000000000000000"), "{said}");
+        process.wait().unwrap();
+    }
+
+    #[test]
+    fn a_parent_that_says_no_leaves_no_process() {
+        let pid = std::cell::Cell::new(None);
+        let no = |of| {
+            pid.set(Some(of));
+            Err(io::Error::other("no"))
+        };
+        let error =
+            shell("exec sleep 1000", Vec::new()).spawn_with(Steps { parent: Some(&no), child: None }).unwrap_err();
+        assert_eq!(error.to_string(), "no");
+        assert!(Handle::open(pid.get().unwrap().as_raw()).unwrap().is_none());
+    }
+
+    #[test]
+    fn a_step_that_fails_is_named() {
+        let mut report = libc::EPERM.to_ne_bytes().to_vec();
+        report.extend(b"change root");
+        assert_eq!(failure(&report).to_string(), "change root: Operation not permitted (os error 1)");
+        assert_eq!(failure(&report).kind(), io::ErrorKind::PermissionDenied);
+        assert_eq!(failure(&report[..4]).raw_os_error(), Some(libc::EPERM));
     }
 
     #[test]

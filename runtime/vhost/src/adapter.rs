@@ -1,12 +1,14 @@
 //! The adapter: vhost-user's view of a device on one side, [`Backend`] on the other.
 
 use std::{
+    cell::Cell,
     io,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{
         Mutex,
         atomic::{AtomicBool, Ordering},
     },
+    thread,
 };
 
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
@@ -18,9 +20,10 @@ use virtio_bindings::{
 use virtio_queue::QueueT;
 use vm_memory::{GuestAddressSpace, GuestMemoryAtomic};
 use vmm_sys_util::epoll::EventSet;
-use vz_virtio::{Backend, Error, Kicks, Kind, Memory, Queue};
+use vz_jail::Role;
+use vz_virtio::{Backend, Kicks, Kind, Memory, Queue};
 
-use crate::{Failure, OnFailure, Worker, lock, words};
+use crate::{Failure, OnFailure, Worker, chain, lock, words};
 
 type AtomicMemory = GuestMemoryAtomic<Memory>;
 type Vring = VringMutex<AtomicMemory>;
@@ -32,6 +35,7 @@ const MMIO_QUEUE_SIZE: u16 = 1024;
 struct Thread {
     backend: Box<dyn Backend>,
     name: String,
+    role: Role,
     entered: bool,
     /// A ring was unusable: the backend gets none until the guest resets the device.
     broken: bool,
@@ -72,8 +76,8 @@ impl Adapter {
         let masks = workers.iter().map(|worker| worker.queues).collect();
         let threads = workers
             .into_iter()
-            .map(|Worker { backend, thread, .. }| {
-                Mutex::new(Thread { backend, name: thread, entered: false, broken: false, failed: false })
+            .map(|Worker { backend, thread, role, .. }| {
+                Mutex::new(Thread { backend, name: thread, role, entered: false, broken: false, failed: false })
             })
             .collect();
         let active = AtomicBool::new(false);
@@ -89,8 +93,21 @@ impl Adapter {
     fn enter(thread: &mut Thread) -> Result<(), Failure> {
         // Only for people who look: no reason to fail.
         vz_sys::thread::set_name(&thread.name);
-        let entered = thread.backend.enter_thread();
-        entered.map_err(|e| Failure::Thread { thread: thread.name.clone(), message: chain(&e) })
+        let failed = |e: &dyn std::error::Error| Failure::Thread { thread: thread.name.clone(), message: chain(e) };
+        vz_jail::enter(thread.role).map_err(|e| failed(&e))?;
+        thread.backend.enter_thread().map_err(|e| failed(&e))
+    }
+
+    /// Confines the connection's thread, which the library starts, at its first message.
+    fn enter_protocol(&self) {
+        thread_local!(static ENTERED: Cell<bool> = const { Cell::new(false) });
+        if ENTERED.replace(true) {
+            return;
+        }
+        if let Err(e) = vz_jail::enter(Role::Protocol) {
+            let thread = thread::current().name().unwrap_or("vhost").to_owned();
+            (self.on_failure)(Failure::Thread { thread, message: chain(&e) });
+        }
     }
 
     fn handle(&self, thread: &mut Thread, event: u16, vrings: &[Vring]) -> Result<(), Failure> {
@@ -130,14 +147,6 @@ impl Adapter {
     }
 }
 
-/// An error with its causes.
-fn chain(e: &Error) -> String {
-    match std::error::Error::source(e) {
-        Some(cause) => format!("{e}: {cause}"),
-        None => e.to_string(),
-    }
-}
-
 impl VhostUserBackend for Adapter {
     type Bitmap = BitmapMmapRegion;
     type Vring = Vring;
@@ -151,6 +160,8 @@ impl VhostUserBackend for Adapter {
     }
 
     fn features(&self) -> u64 {
+        // A VMM asks for these before it says anything about the guest.
+        self.enter_protocol();
         self.features
     }
 

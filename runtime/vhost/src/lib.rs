@@ -26,13 +26,13 @@ use std::{
     panic::{AssertUnwindSafe, catch_unwind},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
-    thread,
 };
 
 use vhost::vhost_user::{Error as ProtocolError, Listener};
 use vhost_user_backend::{Error as ServeError, VhostUserDaemon};
 use vm_memory::GuestMemoryAtomic;
 use vmm_sys_util::epoll::EventSet;
+use vz_jail::Role;
 use vz_virtio::{Backend, Memory};
 
 mod adapter;
@@ -47,6 +47,8 @@ pub struct Worker {
     pub queues: u64,
     /// Name of its thread, at most 15 bytes.
     pub thread: String,
+    /// What its thread may.
+    pub role: Role,
 }
 
 impl fmt::Debug for Worker {
@@ -177,16 +179,19 @@ pub fn serve(
     let mut listener = Listener::from(endpoint.0);
     // The connection is there already, so this does not wait for the VMM.
     daemon.start(&mut listener).map_err(|e| failed(&e))?;
-    thread::Builder::new()
-        .name(format!("{name}-end"))
-        .spawn(move || {
-            if let Some(message) = catch_unwind(AssertUnwindSafe(|| ended(&mut daemon)))
-                .unwrap_or_else(|_| Some("its thread panicked".to_owned()))
-            {
-                on_failure(Failure::Protocol { device, message });
-            }
-        })
-        .map_err(|source| Error::Thread { device: name.to_owned(), source })?;
+    let thread = format!("{name}-end");
+    let (refused_thread, refused) = (thread.clone(), Arc::clone(&on_failure));
+    let wait = move || {
+        if let Some(message) = catch_unwind(AssertUnwindSafe(|| ended(&mut daemon)))
+            .unwrap_or_else(|_| Some("its thread panicked".to_owned()))
+        {
+            on_failure(Failure::Protocol { device, message });
+        }
+    };
+    vz_jail::spawn(Role::Protocol, &thread, wait, move |e| {
+        refused(Failure::Thread { thread: refused_thread, message: chain(&e) });
+    })
+    .map_err(|source| Error::Thread { device: name.to_owned(), source })?;
     Ok(Served)
 }
 
@@ -197,6 +202,18 @@ fn ended(daemon: &mut VhostUserDaemon<Arc<Adapter>>) -> Option<String> {
         Err(ServeError::WaitDaemon(panic)) => Some(format!("its thread panicked: {}", words(panic.as_ref()))),
         Err(e) => Some(e.to_string()),
     }
+}
+
+/// An error with its causes.
+fn chain(e: &dyn std::error::Error) -> String {
+    let mut text = e.to_string();
+    let mut cause = e.source();
+    while let Some(e) = cause {
+        text.push_str(": ");
+        text.push_str(&e.to_string());
+        cause = e.source();
+    }
+    text
 }
 
 /// What a panic said.

@@ -7,6 +7,7 @@ mod checker;
 mod cli;
 mod crash;
 mod errors;
+mod escape;
 mod events;
 mod exec;
 mod files;
@@ -29,6 +30,7 @@ fn main() -> ExitCode {
         lifecycle::TESTS,
         events::TESTS,
         errors::TESTS,
+        escape::TESTS,
         cli::TESTS,
         machine::TESTS,
         crash::TESTS,

@@ -22,6 +22,7 @@ use nix::{
     sys::eventfd::{EfdFlags, EventFd},
     time::{ClockId, clock_gettime},
 };
+use vz_jail::{Denied, Role};
 use vz_sys::{channel::Channel, process::inherited_fd};
 
 use crate::{
@@ -32,7 +33,6 @@ use crate::{
 };
 
 mod console;
-mod jail;
 mod log;
 mod outbox;
 mod run;
@@ -73,7 +73,7 @@ enum StartError {
     #[error(transparent)]
     Launch(#[from] LaunchError),
     #[error(transparent)]
-    Jail(#[from] jail::Error),
+    Jail(#[from] vz_jail::Error),
     #[error("create console.log in {dir}")]
     Console { dir: String, source: io::Error },
 }
@@ -146,7 +146,7 @@ struct Started {
 
 /// The privileged sequence: everything of the host that is needed is opened, then left behind.
 fn start(config: &BootConfig, taps: Vec<OwnedFd>, alarm: Alarm) -> Result<Started, StartError> {
-    let nofile = jail::prepare()?;
+    let nofile = vz_jail::prepare()?;
     let console = Console::create(&config.state_dir, config.console_limit)
         .map_err(|source| StartError::Console { dir: config.state_dir.display().to_string(), source })?;
     let bundle = vz_linux::Bundle::open(&config.guest_bundle).map_err(LaunchError::from)?;
@@ -154,9 +154,13 @@ fn start(config: &BootConfig, taps: Vec<OwnedFd>, alarm: Alarm) -> Result<Starte
     let mut machine = launch(config, &bundle, taps)?;
     drop(bundle);
     let host_pid = machine.pid().and_then(|_| pid_outside(machine.as_ref()));
-    let share: ShareRoot = jail::enter(&config.share, nofile)?;
+    let proc_self_fd = vz_jail::enter_root(&config.share)?;
+    vz_jail::restrict(if config.report_denied_calls { Denied::Report } else { Denied::Kill })?;
+    let share = ShareRoot { path: "/".into(), proc_self_fd, nofile };
     let (devices, vsock) = Devices::new(config, share)?;
     machine.serve(devices, alarm).map_err(StartError::Launch)?;
+    // The last to do so: the threads that were started got what this one had.
+    vz_jail::enter(Role::Main)?;
     Ok(Started { machine, vsock, console, host_pid, cpu_us: cpu_us() })
 }
 

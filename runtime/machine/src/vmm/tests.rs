@@ -78,6 +78,7 @@ fn config(deadline_ms: u64) -> BootConfig {
         console_limit: 10_000,
         qemu: "qemu".into(),
         kernel_args: String::new(),
+        report_denied_calls: false,
         log_level: "error".into(),
     }
 }

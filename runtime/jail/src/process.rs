@@ -1,11 +1,4 @@
-//! What the process gives up before it touches anything of the guest's.
-//!
-//! In order: resource limits and dumpability; mounts that do not propagate back; then, once QEMU runs outside, a mount
-//! namespace of its own whose root is the share and nothing else. Binds that the shim makes below the share later appear
-//! in here, because the share is a shared mount there and ours is its slave.
-//!
-//! Everything that is opened after [`enter`] is inside of the share; what must come from outside is opened before and
-//! passed along. Filters on system calls and capabilities belong after this, per thread.
+//! What the process gives up before it touches anything of the guest's. All of it with one thread.
 
 use std::{fs::File, io, os::unix::fs::OpenOptionsExt, path::Path};
 
@@ -20,25 +13,17 @@ use nix::{
     unistd::{chdir, fchdir, pivot_root},
 };
 
-use crate::devices::ShareRoot;
+use crate::{Denied, Error, capabilities, filter};
 
-/// Open files that are asked for; each file that the guest knows takes one.
-const NOFILE: u64 = 1 << 20;
-
-/// Why the process could not be confined.
-#[derive(Debug, thiserror::Error)]
-#[error("confine vmm: {operation}")]
-pub(super) struct Error {
-    operation: &'static str,
-    source: io::Error,
-}
+/// Open files that are asked for, each file that the guest knows takes one; a user namespace cannot raise the limit itself.
+pub const OPEN_FILES: u64 = 1 << 20;
 
 fn failed<E: Into<io::Error>>(operation: &'static str) -> impl FnOnce(E) -> Error {
-    move |source| Error { operation, source: source.into() }
+    move |source| Error::System { operation, source: source.into() }
 }
 
-/// What can be given up before anything else happens. Tells how many files can be open.
-pub(super) fn prepare() -> Result<u64, Error> {
+/// Gives up what can be given up before anything else happens. Tells how many files can be open.
+pub fn prepare() -> Result<u64, Error> {
     // Guest memory, and with it secrets of containers, is in this process.
     setrlimit(Resource::RLIMIT_CORE, 0, 0).map_err(failed("limit core dumps"))?;
     prctl::set_dumpable(false).map_err(failed("forbid ptrace"))?;
@@ -48,7 +33,7 @@ pub(super) fn prepare() -> Result<u64, Error> {
     mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_SLAVE, None::<&str>)
         .map_err(failed("make mounts private"))?;
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).map_err(failed("read limit of open files"))?;
-    let wanted = NOFILE.max(hard);
+    let wanted = OPEN_FILES.max(hard);
     if setrlimit(Resource::RLIMIT_NOFILE, wanted, wanted).is_ok() {
         return Ok(wanted);
     }
@@ -57,13 +42,13 @@ pub(super) fn prepare() -> Result<u64, Error> {
     Ok(hard)
 }
 
-/// Leaves the host's files behind: the root is the share. For a process with one thread.
-pub(super) fn enter(share: &Path, nofile: u64) -> Result<ShareRoot, Error> {
-    let proc_self_fd = File::options()
-        .read(true)
-        .custom_flags(nix::libc::O_PATH | nix::libc::O_NOFOLLOW)
-        .open("/proc/self/fd")
-        .map_err(failed("open /proc/self/fd"))?;
+/// Leaves the host's files behind: the root is `share`, which is a shared mount outside, so that binds below it which are
+/// made there later appear in here. Returns `/proc/self/fd`, which the new root does not have.
+pub fn enter_root(share: &Path) -> Result<File, Error> {
+    // A mount of its own, which ends at its root: from a directory that was only opened, `..` would lead to the rest of the
+    // host's /proc, and from there to its kernel's settings.
+    let proc_self_fd =
+        vz_sys::mount::clone_tree(Path::new("/proc/self/fd"), false).map_err(failed("clone /proc/self/fd"))?;
     unshare(CloneFlags::CLONE_NEWNS).map_err(failed("unshare mount namespace"))?;
     // Bound to itself, so that it is a mount that can be the root, wherever it was.
     mount(Some(share), share, None::<&str>, MsFlags::MS_BIND | MsFlags::MS_REC, None::<&str>)
@@ -74,7 +59,7 @@ pub(super) fn enter(share: &Path, nofile: u64) -> Result<ShareRoot, Error> {
     chdir(share).map_err(failed("change to share"))?;
     let old = File::options()
         .read(true)
-        .custom_flags(nix::libc::O_PATH | nix::libc::O_DIRECTORY)
+        .custom_flags(libc::O_PATH | libc::O_DIRECTORY)
         .open("/")
         .map_err(failed("open old root"))?;
     pivot_root(".", ".").map_err(failed("pivot to share"))?;
@@ -82,5 +67,16 @@ pub(super) fn enter(share: &Path, nofile: u64) -> Result<ShareRoot, Error> {
     umount2(".", MntFlags::MNT_DETACH).map_err(failed("detach old root"))?;
     drop(old);
     chdir("/").map_err(failed("change to new root"))?;
-    Ok(ShareRoot { path: "/".into(), proc_self_fd, nofile })
+    Ok(proc_self_fd.into())
+}
+
+/// Gives up every capability but those that serving files needs, every way to get one back, and every system call that
+/// no role needs. Threads that are started from here on inherit that.
+pub fn restrict(denied: Denied) -> Result<(), Error> {
+    if denied == Denied::Report {
+        vz_sys::sigsys::report_and_exit().map_err(failed("handle SIGSYS"))?;
+    }
+    prctl::set_no_new_privs().map_err(failed("set no_new_privs"))?;
+    capabilities::keep_any()?;
+    filter::install_process(denied)
 }

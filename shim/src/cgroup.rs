@@ -1,0 +1,240 @@
+//! The sandbox's cgroup on the host: that of the spec, with the VM and the containers' anchors in it.
+//!
+//! The guest enforces a container's own limits. The host's are those of the whole VM: memory for its size and what running
+//! it takes, so that a VM within its size is never killed for it; CPU as the spec says, since that is what its user pays for.
+//! The quota comes last: a boot would not end in time under a small one.
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+};
+
+use cgroups_rs::{
+    CgroupPid,
+    fs::{Cgroup as Group, CpuResources, MemoryResources, Resources, hierarchies},
+    systemd::utils::expand_slice,
+};
+use oci_spec::runtime::{LinuxCpu, Spec};
+
+use crate::journal::{self, Journal, Resource};
+
+/// Controllers that are of use here; on a host with cgroup v1 each has a hierarchy of its own.
+const CONTROLLERS: [&str; 4] = ["memory", "cpu", "cpuacct", "pids"];
+const MIB: u64 = 1 << 20;
+
+/// Why there is no cgroup.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The spec's path is none.
+    #[error("cgroupsPath {0:?} is neither a path nor \"slice:prefix:name\"")]
+    Path(String),
+    /// It could not be made, or used.
+    #[error("{action} cgroup {path}")]
+    System {
+        /// What was tried.
+        action: &'static str,
+        /// Where.
+        path: String,
+        /// Why not.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// It could not be written down.
+    #[error(transparent)]
+    Journal(#[from] journal::Error),
+}
+
+/// A sandbox's cgroup.
+#[derive(Debug)]
+pub struct Cgroup {
+    group: Group,
+    name: String,
+    cpu: Option<LinuxCpu>,
+}
+
+impl Cgroup {
+    /// Makes that of a spec, in the journal first, for a VM of this size and what running it takes, in MiB. One that is there
+    /// already is used and left there. `None` on a host without cgroups.
+    pub fn make(
+        journal: &Journal,
+        spec: &Spec,
+        id: &str,
+        vm_mib: u64,
+        overhead_mib: u64,
+    ) -> Result<Option<Self>, Error> {
+        let linux = spec.linux().as_ref();
+        let path = linux.and_then(|linux| linux.cgroups_path().as_ref()).map(|path| path.to_string_lossy());
+        let name = relative(&path.unwrap_or_default(), id)?;
+        let found: Vec<String> = hierarchies::auto()
+            .subsystems()
+            .iter()
+            .map(cgroups_rs::fs::Subsystem::controller_name)
+            .filter(|name| CONTROLLERS.contains(&name.as_str()))
+            .collect();
+        if found.is_empty() {
+            tracing::warn!("this host has no cgroup controllers: the vm's memory and cpu are not limited on it");
+            return Ok(None);
+        }
+        let group = Group::load_with_specified_controllers(hierarchies::auto(), &name, found);
+        let this = Self { group, cpu: linux.and_then(|linux| linux.resources().as_ref()?.cpu().clone()), name };
+        for path in this.paths() {
+            if !path.exists() {
+                journal.made(Resource::Cgroup { path })?;
+            }
+        }
+        this.group.create().map_err(this.failed("make"))?;
+        let limited = crate::spec::limits(spec).1.is_some();
+        let bytes = i64::try_from(vm_mib.saturating_add(overhead_mib).saturating_mul(MIB)).unwrap_or(i64::MAX);
+        let memory = MemoryResources { memory_hard_limit: limited.then_some(bytes), ..Default::default() };
+        let cpu = CpuResources { shares: this.cpu.as_ref().and_then(LinuxCpu::shares), ..Default::default() };
+        this.apply(&Resources { memory, cpu, ..Default::default() })?;
+        Ok(Some(this))
+    }
+
+    /// Moves a process there, and whatever it starts from then on.
+    pub fn add(&self, pid: i32) -> Result<(), Error> {
+        let pid = CgroupPid::from(u64::try_from(pid).unwrap_or(0));
+        self.group.add_task_by_tgid(pid).map_err(self.failed("move a process to"))
+    }
+
+    /// Applies the limit of CPU time.
+    pub fn limit_cpu(&self) -> Result<(), Error> {
+        let Some(cpu) = &self.cpu else { return Ok(()) };
+        let quota = cpu.quota().filter(|quota| *quota > 0);
+        let cpu = CpuResources { period: cpu.period().filter(|period| *period > 0), quota, ..Default::default() };
+        self.apply(&Resources { cpu, ..Default::default() })
+    }
+
+    fn apply(&self, resources: &Resources) -> Result<(), Error> {
+        self.group.apply(resources).map_err(self.failed("set limits of"))
+    }
+
+    fn failed<E: std::error::Error + Send + Sync + 'static>(&self, action: &'static str) -> impl FnOnce(E) -> Error {
+        move |source| Error::System { action, path: self.name.clone(), source: Box::new(source) }
+    }
+
+    /// Its directories: one, or one for each controller.
+    fn paths(&self) -> Vec<PathBuf> {
+        let mut paths: Vec<PathBuf> = Vec::new();
+        for subsystem in self.group.subsystems() {
+            let path = subsystem.to_controller().path().to_owned();
+            if !paths.contains(&path) {
+                paths.push(path);
+            }
+        }
+        paths
+    }
+}
+
+/// A cgroup's path below the hierarchies' roots: `cgroupsPath`, or for an empty one the container's id.
+///
+/// systemd's form is where systemd would put it; it is made there without asking it, as the anchor is not its service.
+fn relative(path: &str, id: &str) -> Result<String, Error> {
+    let wrong = || Error::Path(path.to_owned());
+    let relative = match path.split(':').collect::<Vec<_>>().as_slice() {
+        [""] => id.to_owned(),
+        [path] => path.trim_matches('/').to_owned(),
+        [slice, prefix, name] => {
+            let slice = if slice.is_empty() { "system.slice" } else { slice };
+            let slice = expand_slice(slice).map_err(|_| wrong())?;
+            let unit = match (*prefix, *name) {
+                (_, name) if name.ends_with(".slice") => name.to_owned(),
+                ("", name) => format!("{name}.scope"),
+                (prefix, name) => format!("{prefix}-{name}.scope"),
+            };
+            Path::new(&slice).join(unit).to_string_lossy().into_owned()
+        }
+        _ => return Err(wrong()),
+    };
+    // The root is everybody's, and nothing leads out of it.
+    let named = |part| matches!(part, std::path::Component::Normal(_));
+    if relative.is_empty() || !Path::new(&relative).components().all(named) {
+        return Err(wrong());
+    }
+    Ok(relative)
+}
+
+/// Removes a cgroup's directory, once the processes that are in it have been killed. One that is gone is no error.
+pub fn remove(path: &Path) -> io::Result<()> {
+    loop {
+        match std::fs::remove_dir(path) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(e) if e.kind() == io::ErrorKind::ResourceBusy => {}
+            other => return other,
+        }
+        let text = std::fs::read_to_string(path.join("cgroup.procs"))?;
+        let pids: Vec<i32> = text.lines().filter_map(|line| line.parse().ok()).collect();
+        if pids.is_empty() {
+            // Others' cgroups are below it: not ours to end.
+            return Err(io::ErrorKind::ResourceBusy.into());
+        }
+        for pid in pids {
+            journal::end(pid)?;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn paths_of_both_forms_have_their_place() {
+        let place = |path| relative(path, "c1").unwrap();
+        assert_eq!(place("/default/c1"), "default/c1");
+        assert_eq!(place("kubepods/pod1/c1"), "kubepods/pod1/c1");
+        assert_eq!(place(""), "c1");
+        assert_eq!(place("system.slice:nerdctl:c1"), "system.slice/nerdctl-c1.scope");
+        assert_eq!(place(":cri-containerd:c1"), "system.slice/cri-containerd-c1.scope");
+        assert_eq!(place("a-b.slice:x:c1"), "a.slice/a-b.slice/x-c1.scope");
+        assert_eq!(place("a.slice::b.slice"), "a.slice/b.slice");
+        for wrong in ["/", "/../x", "a/../../b", "a:b", "a:b:c:d", "a/b.slice:x:y", "x:y:z"] {
+            assert!(matches!(relative(wrong, "c1"), Err(Error::Path(_))), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_cgroup_is_made_limited_and_taken_away_with_what_is_in_it() {
+        if !nix::unistd::geteuid().is_root() {
+            println!("skipped: not root");
+            return;
+        }
+        let root = tempfile::tempdir().unwrap();
+        let dir = root.path().join("ns").join("c1");
+        let journal = Journal::create(&dir).unwrap();
+        let name = format!("/vz-test-{}/c1", std::process::id());
+        let resources =
+            json!({ "memory": { "limit": 64 << 20 }, "cpu": { "shares": 512, "quota": 50_000, "period": 100_000 } });
+        let spec: Spec = serde_json::from_value(json!({
+            "ociVersion": "1.2.0", "root": { "path": "rootfs" },
+            "linux": { "cgroupsPath": name, "resources": resources },
+        }))
+        .unwrap();
+        let Some(cgroup) = Cgroup::make(&journal, &spec, "c1", 192, 100).unwrap() else {
+            println!("skipped: no cgroup controllers");
+            return;
+        };
+        let paths = cgroup.paths();
+        assert!(!paths.is_empty() && paths.iter().all(|path| path.exists()));
+        let value = |names: [&str; 2]| {
+            let find = |name: &str| paths.iter().find_map(|path| std::fs::read_to_string(path.join(name)).ok());
+            names.into_iter().find_map(find).unwrap().trim().to_owned()
+        };
+        assert_eq!(value(["memory.max", "memory.limit_in_bytes"]), (292 * MIB).to_string());
+        assert!(["512", "20"].contains(&value(["cpu.shares", "cpu.weight"]).as_str()));
+        assert!(["-1", "max 100000"].contains(&value(["cpu.max", "cpu.cfs_quota_us"]).as_str()));
+        cgroup.limit_cpu().unwrap();
+        assert!(["50000", "50000 100000"].contains(&value(["cpu.max", "cpu.cfs_quota_us"]).as_str()));
+        let mut child = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
+        cgroup.add(i32::try_from(child.id()).unwrap()).unwrap();
+        // Reaped by its parent as soon as it ends, as the daemon's processes are.
+        let reaper = std::thread::spawn(move || child.wait().unwrap());
+        Journal::unwind(&dir, |_| ()).unwrap();
+        assert!(!reaper.join().unwrap().success());
+        assert!(paths.iter().all(|path| !path.exists()));
+        for path in paths {
+            remove(path.parent().unwrap()).unwrap();
+        }
+    }
+}
