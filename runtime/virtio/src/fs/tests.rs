@@ -1,4 +1,10 @@
-use std::{ffi::CString, fs, os::unix::fs::MetadataExt, path::Path};
+use std::{
+    ffi::CString,
+    fs,
+    os::unix::fs::MetadataExt,
+    path::Path,
+    sync::atomic::{AtomicBool, Ordering},
+};
 
 use vm_memory::{Bytes, GuestAddress};
 
@@ -13,6 +19,7 @@ const REPLY: u64 = 0x20_0000;
 const ROOT: u64 = 1;
 
 const LOOKUP: u32 = 1;
+const SETATTR: u32 = 4;
 const SYMLINK: u32 = 6;
 const MKNOD: u32 = 8;
 const MKDIR: u32 = 9;
@@ -20,7 +27,10 @@ const UNLINK: u32 = 10;
 const RMDIR: u32 = 11;
 const RENAME: u32 = 12;
 const LINK: u32 = 13;
+const OPEN: u32 = 14;
 const READ: u32 = 15;
+const WRITE: u32 = 16;
+const SETXATTR: u32 = 21;
 const INIT: u32 = 26;
 const READDIR: u32 = 28;
 const CREATE: u32 = 35;
@@ -29,7 +39,7 @@ const TMPFILE: u32 = 51;
 
 /// A share with a directory and a secret beside it, and a guest that writes its own requests.
 struct Guest {
-    dir: tempfile::TempDir,
+    dir: Arc<tempfile::TempDir>,
     memory: Memory,
     device: FsQueue,
     ring: Ring,
@@ -38,6 +48,11 @@ struct Guest {
 
 impl Guest {
     fn new() -> Self {
+        Self::pair().0
+    }
+
+    /// Two that share a device, with a request queue each.
+    fn pair() -> (Self, Self) {
         let dir = tempfile::tempdir().unwrap();
         let root = dir.path().join("share");
         fs::create_dir_all(root.join("dir")).unwrap();
@@ -53,11 +68,16 @@ impl Guest {
         });
         let mut queues = device.unwrap().split();
         assert_eq!(queues.len(), 3);
-        let (memory, ring) = (memory(), Ring::new(0x1_0000, 256));
-        let queue = ring.queue();
-        let mut guest = Self { dir, memory, device: queues.swap_remove(1), ring, queue };
-        guest.init();
-        guest
+        let dir = Arc::new(dir);
+        let guest = |device| {
+            let (memory, ring) = (memory(), Ring::new(0x1_0000, 256));
+            let queue = ring.queue();
+            Self { dir: Arc::clone(&dir), memory, device, ring, queue }
+        };
+        let second = guest(queues.swap_remove(2));
+        let mut first = guest(queues.swap_remove(1));
+        first.init();
+        (first, second)
     }
 
     fn init(&mut self) {
@@ -100,7 +120,23 @@ impl Guest {
     /// The inode that a lookup's reply tells.
     fn lookup(&mut self, name: &str) -> u64 {
         assert_eq!(self.ask(LOOKUP, ROOT, &names(&[], &[name])), 0);
+        self.replied()
+    }
+
+    /// The first field of a reply: an inode, or an open file.
+    fn replied(&self) -> u64 {
         self.memory.read_obj(GuestAddress(REPLY + 16)).unwrap()
+    }
+
+    /// What is beside the share, and what is in the secret, by name.
+    fn outside_is_untouched(&self) {
+        let mut outside: Vec<_> =
+            fs::read_dir(self.outside()).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+        outside.sort();
+        assert_eq!(outside, ["secret", "share"]);
+        let secret = self.outside().join("secret");
+        assert_eq!(fs::read_to_string(&secret).unwrap(), "outside");
+        assert_eq!(fs::metadata(&secret).unwrap().nlink(), 1);
     }
 }
 
@@ -169,6 +205,85 @@ fn dots_look_up_nothing_outside() {
         let ino: u64 = guest.memory.read_obj(GuestAddress(REPLY + 16 + 40)).unwrap();
         assert_eq!(ino, root);
     }
+}
+
+#[test]
+fn links_that_lead_out_are_followed_by_nobody() {
+    let mut guest = Guest::new();
+    let (up, secret) = (guest.outside().to_str().unwrap().to_owned(), guest.outside().join("secret"));
+    let secret = secret.to_str().unwrap().to_owned();
+    for (name, target) in [("up", up.as_str()), ("up2", ".."), ("key", &secret), ("key2", "../secret")] {
+        assert_eq!(guest.ask(SYMLINK, ROOT, &names(&[], &[name, target])), 0);
+    }
+    for name in ["up", "up2", "key", "key2"] {
+        let link = guest.lookup(name);
+        let (low, high) = (u32::try_from(link).unwrap(), 0);
+        // As a directory, or as a file, that it is not.
+        let asked = [
+            (LOOKUP, link, names(&[], &["secret"])),
+            (CREATE, link, names(&[2, 0o644, 0, 0], &["planted"])),
+            (MKDIR, link, names(&[0o755, 0], &["planted"])),
+            (MKNOD, link, names(&[0o100_644, 0, 0, 0], &["planted"])),
+            (SYMLINK, link, names(&[], &["planted", "target"])),
+            (UNLINK, link, names(&[], &["secret"])),
+            (RENAME, link, names(&[1, 0], &["secret", "stolen"])),
+            (RENAME, ROOT, names(&[low, high], &["file", "planted"])),
+            (RENAME2, ROOT, names(&[low, high, 0, 0], &["file", "secret"])),
+            (OPEN, link, names(&[2, 0], &[])),
+            (READDIR, link, names(&[0, 0, 0, 0, 4096, 0, 0, 0, 0, 0], &[])),
+            // The size, to nothing.
+            (SETATTR, link, names(&[1 << 3, 0], &[]).into_iter().chain([0; 80]).collect()),
+            (SETXATTR, link, names(&[1, 0], &["user.planted", ""])),
+        ];
+        for (opcode, inode, body) in asked {
+            assert_ne!(guest.ask(opcode, inode, &body), 0, "opcode {opcode} by {name}");
+        }
+        // Opened for the guest by its name, with O_CREAT in it: a link in its place is no file of that name.
+        assert_ne!(guest.ask(CREATE, ROOT, &names(&[2, 0o644, 0, 0], &[name])), 0, "created by {name}");
+        // A second name for the link itself is no way out either.
+        let hard = format!("{name}-too");
+        guest.ask(LINK, ROOT, &names(&[low, high], &[&hard]));
+        guest.outside_is_untouched();
+    }
+}
+
+#[test]
+fn a_directory_that_turns_into_a_link_leads_nowhere() {
+    const EXCHANGE: u32 = 2;
+    let (mut guest, mut other) = Guest::pair();
+    let up = guest.outside().to_str().unwrap().to_owned();
+    assert_eq!(guest.ask(SYMLINK, ROOT, &names(&[], &["link", &up])), 0);
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                assert_eq!(other.ask(RENAME2, ROOT, &names(&[1, 0, EXCHANGE, 0], &["dir", "link"])), 0);
+            }
+        });
+        let mut created = 0;
+        for _ in 0..2000 {
+            let dir = guest.lookup("dir");
+            assert_ne!(guest.ask(LOOKUP, dir, &names(&[], &["secret"])), 0);
+            assert_ne!(guest.ask(UNLINK, dir, &names(&[], &["secret"])), 0);
+            assert_ne!(guest.ask(RENAME, dir, &names(&[1, 0], &["secret", "stolen"])), 0);
+            if guest.ask(CREATE, dir, &names(&[2, 0o644, 0, 0], &["planted"])) == 0 {
+                created += 1;
+                let file = guest.replied();
+                // The open file comes after the entry's 128 bytes; it is written to, then removed.
+                let handle: u64 = guest.memory.read_obj(GuestAddress(REPLY + 16 + 128)).unwrap();
+                let mut write = handle.to_le_bytes().to_vec();
+                write.extend([0; 8]);
+                write.extend(1u32.to_le_bytes());
+                write.extend([0; 20]);
+                write.push(b'x');
+                assert_eq!(guest.ask(WRITE, file, &write), 0);
+                assert_eq!(guest.ask(UNLINK, dir, &names(&[], &["planted"])), 0);
+            }
+        }
+        done.store(true, Ordering::Relaxed);
+        println!("created {created} of 2000");
+    });
+    guest.outside_is_untouched();
 }
 
 #[test]
