@@ -5,7 +5,7 @@ bench: build bundle ## Measure starts, execs and idle memory against runc in the
 	@integration/devbox up
 	@integration/bench --rounds $(or $(ROUNDS),10)
 
-bench-kvm: build bundle ## The same for the KVM machine, in a host VM whose KVM works, with QEMU on KVM beside it (ROUNDS=5)
+bench-kvm: build bundle ## The same for the KVM machine, in a host VM whose KVM works (ROUNDS=5)
 	@integration/bench-kvm --rounds $(or $(ROUNDS),5)
 
 bench-io: build bundle ## Measure a volume and the stdio path against the bare directory and runc (ROUNDS=3)
