@@ -1,5 +1,5 @@
 # Benchmarks are commands of their own, never asserts in tests.
-.PHONY: bench bench-kvm bench-io bench-io-kvm
+.PHONY: bench bench-kvm bench-io bench-io-kvm bench-net
 
 bench: build bundle ## Measure starts, execs and idle memory against runc in the same run (ROUNDS=10)
 	@integration/devbox up
@@ -16,3 +16,7 @@ bench-io: build bundle ## Measure a volume and the stdio path against the bare d
 bench-io-kvm: build bundle ## The same for the KVM machine, in the host VM
 	@$(CARGO) build --release --locked -q -p vz-suite --bin vz-io
 	@integration/bench-kvm io --rounds $(or $(ROUNDS),2) --mib 16
+
+bench-net: build bundle ## Measure networks against runc's veth: starts, iperf3, round trips (ROUNDS=5)
+	@integration/devbox up
+	@integration/bench-net --rounds $(or $(ROUNDS),5)

@@ -1,5 +1,5 @@
 # shellcheck shell=bash disable=SC2034,SC2154 # variables of ../lib.sh
-# vz.test/debian:12: a real distribution: glibc, bash, apt, Python, procps, iproute2, stress-ng.
+# vz.test/debian:12: a real distribution: glibc, bash, apt, Python, procps, iproute2, iptables, nftables, iperf3, stress-ng.
 base=
 packages=()
 config='{"Cmd":["bash"],"Env":["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"]}'
@@ -7,7 +7,7 @@ config='{"Cmd":["bash"],"Env":["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/u
 root() { # root ROOT
   local root=$1
   debootstrap --variant=minbase --keyring="$debian_keyring" \
-    --include=python3,procps,iproute2,stress-ng "$debian_suite" "$root" "$debian_mirror"
+    --include=python3,procps,iproute2,stress-ng,iptables,nftables,iperf3 "$debian_suite" "$root" "$debian_mirror"
   # Nothing here is read by a program: documentation, translations, package lists, logs.
   rm -rf "$root"/usr/share/{doc,doc-base,info,lintian,locale,man,bug}/* "$root"/var/lib/apt/lists/* \
     "$root"/var/cache/{apt,debconf,ldconfig}/* "$root"/var/log/* "$root"/debootstrap "$root"/tmp/*

@@ -8,6 +8,7 @@ use std::{
     fmt, fs,
     os::unix::fs::FileTypeExt,
     path::{Path, PathBuf},
+    process::Command,
     time::{Duration, Instant},
 };
 
@@ -58,6 +59,8 @@ impl Snapshot {
         look.mounts();
         look.net_namespaces();
         look.links();
+        look.firewall();
+        look.addresses();
         look.cgroups();
         look.loop_devices();
         look.files();
@@ -209,6 +212,41 @@ impl Look {
                 self.add("network link", name);
             }
         }
+    }
+
+    /// Rules about addresses of the devbox's range: a container's ports, its way out.
+    fn firewall(&mut self) {
+        let Some(range) = self.range() else { return };
+        // Not those of IPv6: nerdctl leaves them behind, whatever the runtime. A host without the program has no rules.
+        let Ok(output) = Command::new("iptables-save").output() else { return };
+        for rule in String::from_utf8_lossy(&output.stdout).lines() {
+            if rule.starts_with("-A ") && rule.contains(&format!(" {range}.")) {
+                self.add("firewall rule", rule);
+            }
+        }
+    }
+
+    /// Addresses that CNI has given out, and what it remembers of each container.
+    fn addresses(&mut self) {
+        for path in at_depth(&self.devbox.join("data/ipam"), 2) {
+            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            if name != "lock" && !name.starts_with("last_reserved_ip") {
+                self.add("address given out", path.display());
+            }
+        }
+        let Some(range) = self.range() else { return };
+        for name in names(Path::new("/var/lib/cni/results")) {
+            let path = Path::new("/var/lib/cni/results").join(name);
+            if fs::read_to_string(&path).is_ok_and(|text| text.contains(&format!("\"{range}."))) {
+                self.add("result of CNI", path.display());
+            }
+        }
+    }
+
+    /// The first two numbers of the addresses of the devbox's networks.
+    fn range(&self) -> Option<String> {
+        let identity = fs::read_to_string(self.devbox.join("identity")).ok()?;
+        identity.lines().find_map(|line| line.strip_prefix("net=")).map(str::to_owned)
     }
 
     /// The names that a devbox gives its bridges.

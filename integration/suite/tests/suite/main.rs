@@ -14,6 +14,8 @@ mod files;
 mod lifecycle;
 mod machine;
 mod net;
+mod net_faults;
+mod net_same;
 mod options;
 mod run;
 mod stdio;
@@ -35,5 +37,7 @@ fn main() -> ExitCode {
         machine::TESTS,
         crash::TESTS,
         net::TESTS,
+        net_faults::TESTS,
+        net_same::TESTS,
     ])
 }

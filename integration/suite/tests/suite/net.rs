@@ -23,17 +23,28 @@ tests![
     network_administration_works_in_the_guest,
     localhost_of_the_guest_is_reached_from_the_hosts_side,
     late_links_reach_the_guest,
+    names_follow_what_their_owner_writes,
+    services_of_compose_find_each_other,
+    counters_of_the_link_are_the_containers,
 ];
 
 /// A network of nerdctl's; removed when dropped.
-struct Network<'l>(&'l Lab, String);
+pub struct Network<'l>(&'l Lab, String);
 
 impl<'l> Network<'l> {
+    /// `nerdctl network create`.
     #[track_caller]
-    fn create(lab: &'l Lab, flags: &[&str]) -> Self {
+    pub fn create(lab: &'l Lab, flags: &[&str]) -> Self {
         let name = lab.id("net");
         lab.nerdctl(&["network", "create"]).args(flags).args([&name]).run().ok();
         Self(lab, name)
+    }
+}
+
+impl Network<'_> {
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.1
     }
 }
 
@@ -53,7 +64,7 @@ fn fetch(url: &str) -> String {
 }
 
 /// Subnets that no other test run uses: part of the devbox's own range.
-fn subnet(lab: &Lab, number: u8) -> String {
+pub fn subnet(lab: &Lab, number: u8) -> String {
     let identity = fs::read_to_string(lab.devbox().join("identity")).expect("the devbox has an identity");
     let net = identity.lines().find_map(|line| line.strip_prefix("net=")).expect("the devbox has a range").to_owned();
     format!("{net}.{number}")
@@ -352,5 +363,72 @@ fn late_links_reach_the_guest(lab: &Lab) -> Verdict {
     until("the other link", Duration::from_secs(10), || inside("ip addr").contains("more0").then_some(()));
     lab.ctr(&["task", "rm", "-f", &id]).run().ok();
     lab.ctr(&["containers", "rm", &id]).run().ok();
+    Ok(())
+}
+
+fn names_follow_what_their_owner_writes(lab: &Lab) -> Verdict {
+    let container = Container::connected(lab, "names", &[BUSYBOX, "sleep", "1000"]);
+    let paths = container.inspect("json .HostsPath");
+    let hosts = paths.trim_matches('"').to_owned();
+    let shows = |text: &str| {
+        until(text, Duration::from_secs(10), || container.sh("cat /etc/hosts").contains(text).then_some(()));
+    };
+    let own = fs::read_to_string(&hosts).expect("read the hosts file");
+    fs::write(&hosts, format!("{own}192.0.2.1 in-place\n")).expect("write in place");
+    shows("192.0.2.1 in-place");
+    if lab.is_vz() {
+        // With runc the container keeps the file that is not there any more.
+        let next = format!("{hosts}.next");
+        fs::write(&next, format!("{own}192.0.2.2 moved\n"))
+            .and_then(|()| fs::rename(&next, &hosts))
+            .expect("replace the file");
+        shows("192.0.2.2 moved");
+        fs::write(&hosts, format!("{own}192.0.2.3 again\n")).expect("write in place");
+        shows("192.0.2.3 again");
+    }
+    Ok(())
+}
+
+fn services_of_compose_find_each_other(lab: &Lab) -> Verdict {
+    let dir = lab.dir();
+    let project = lab.id("compose");
+    let file = dir.path().join("compose.yaml");
+    let text = format!(
+        "services:\n  web:\n    image: {NGINX}\n    runtime: {runtime}\n  client:\n    image: {BUSYBOX}\n    runtime: {runtime}\n    \
+         command: sleep 1000\n    depends_on: [web]\nnetworks:\n  default:\n    ipam:\n      config:\n        - subnet: {}.0/24\n",
+        subnet(lab, 135),
+        runtime = lab.runtime(),
+    );
+    fs::write(&file, text).expect("write a file");
+    let compose = |args: &[&str]| {
+        lab.nerdctl(&["compose", "-p", &project, "-f", &file.display().to_string()]).args(args).deadline(120).run()
+    };
+    let up = compose(&["up", "-d"]);
+    let said = compose(&["exec", "-T", "client", "wget", "-qO-", "http://web/"]);
+    let again = compose(&["restart"]);
+    let then = compose(&["exec", "-T", "client", "wget", "-qO-", "http://web/"]);
+    compose(&["down"]).ok();
+    up.ok();
+    assert!(said.ok().contains("hello from nginx"));
+    again.ok();
+    assert!(then.ok().contains("hello from nginx"));
+    Ok(())
+}
+
+fn counters_of_the_link_are_the_containers(lab: &Lab) -> Verdict {
+    let container = Container::connected(lab, "counters", &[BUSYBOX, "sleep", "1000"]);
+    let gateway = container.sh("ip route | sed -n 's/default via \\([^ ]*\\).*/\\1/p'");
+    let count = |direction: &str| -> u64 {
+        let said = container.beside(&["ip", "-s", "-j", "link", "show", "eth0"]).run().ok();
+        let said: serde_json::Value = serde_json::from_str(&said).expect("ip prints JSON");
+        said[0]["stats64"][direction]["packets"].as_u64().expect("a number")
+    };
+    let (received, sent) = (count("rx"), count("tx"));
+    container.sh(&format!("ping -c 20 -i 0.05 -w 20 {gateway} >/dev/null"));
+    let (received, sent) = (count("rx") - received, count("tx") - sent);
+    assert!((20..60).contains(&received) && (20..60).contains(&sent), "received {received}, sent {sent}");
+    // What nerdctl makes of it: two numbers that are not zero.
+    let stats = lab.nerdctl(&["stats", "--no-stream", "--format", "{{.NetIO}}", &container.name]).run().ok();
+    assert!(stats.contains(" / ") && !stats.contains("0B"), "{stats}");
     Ok(())
 }
