@@ -402,7 +402,7 @@ fn take_away(dir: &Path) -> Result<(), Error> {
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(fail("start runtime for hooks"))?;
     for bundle in bundles {
-        runtime.block_on(hooks::poststop(&bundle));
+        runtime.block_on(hooks::poststop(&bundle, None));
     }
     Ok(())
 }

@@ -107,8 +107,9 @@ async fn host_side(sandbox: &Arc<Sandbox>, request: &CreateTaskRequest) -> Resul
     let ran = async {
         #[allow(deprecated)]
         let prestart = container.hooks.prestart().as_ref();
-        hooks::run("prestart", prestart, &container.context, state).await?;
-        hooks::run("createRuntime", container.hooks.create_runtime().as_ref(), &container.context, state).await
+        hooks::run("prestart", prestart, &container.context, state, &sandbox.journal).await?;
+        let hooks = container.hooks.create_runtime().as_ref();
+        hooks::run("createRuntime", hooks, &container.context, state, &sandbox.journal).await
     };
     if let Err(error) = ran.await {
         finish_hooks(sandbox, &container).await;
@@ -152,9 +153,11 @@ pub async fn start_init(sandbox: &Arc<Sandbox>, container: &Container) -> Result
 }
 
 /// Runs a started container's poststart hooks; a failure is logged, as the runtime spec says.
-pub async fn poststart(container: &Container) {
+pub async fn poststart(sandbox: &Sandbox, container: &Container) {
     let hooks = container.hooks.poststart().as_ref();
-    if let Err(error) = hooks::run("poststart", hooks, &container.context, ContainerState::Running).await {
+    if let Err(error) =
+        hooks::run("poststart", hooks, &container.context, ContainerState::Running, &sandbox.journal).await
+    {
         tracing::warn!(container = container.id, error = chain(&error), "poststart hook");
     }
 }
@@ -254,7 +257,7 @@ pub async fn delete(sandbox: &Arc<Sandbox>, container: &Arc<Container>) -> Resul
 
 async fn finish_hooks(sandbox: &Sandbox, container: &Container) {
     let Some(resource) = container.poststop.clone() else { return };
-    hooks::poststop(&container.bundle).await;
+    hooks::poststop(&container.bundle, Some(&sandbox.journal)).await;
     if let Err(error) = sandbox.journal.gone(resource) {
         tracing::error!(container = container.id, error = chain(&error), "write journal");
     }

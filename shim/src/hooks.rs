@@ -1,17 +1,21 @@
 //! OCI hooks that run on the host (runtime-spec, "POSIX-platform Hooks").
 
 use std::{
-    io,
+    fs::File,
+    io::{self, Read, Seek, SeekFrom},
     path::{Path, PathBuf},
     process::Stdio,
     time::Duration,
 };
 
+use nix::sys::memfd::{MFdFlags, memfd_create};
 use oci_spec::runtime::{ContainerState, Hook, Spec, StateBuilder};
 use tokio::{io::AsyncWriteExt, process::Command, time::timeout};
 
+use crate::journal::{self, Journal};
+
 /// Most bytes of a failing hook's stderr that are quoted.
-const QUOTED: usize = 2048;
+const QUOTED: u64 = 2048;
 
 /// Why a hook failed.
 #[derive(Debug, thiserror::Error)]
@@ -48,6 +52,9 @@ pub enum Error {
         /// Its timeout.
         seconds: u64,
     },
+    /// It could not be written down.
+    #[error(transparent)]
+    Journal(#[from] journal::Error),
     /// The state that hooks are told could not be made.
     #[error("describe container state")]
     State(#[source] oci_spec::OciSpecError),
@@ -66,21 +73,23 @@ pub struct Context {
     pub annotations: std::collections::HashMap<String, String>,
 }
 
-/// Runs `hooks` one after the other; the first that fails ends it.
+/// Runs `hooks` one after the other, each in the journal while it runs; the first that fails ends it.
 pub async fn run(
     point: &'static str,
     hooks: Option<&Vec<Hook>>,
     context: &Context,
     status: ContainerState,
+    journal: &Journal,
 ) -> Result<(), Error> {
     for hook in hooks.into_iter().flatten() {
-        one(point, hook, &state(context, status)?).await?;
+        one(point, hook, &state(context, status)?, Some(journal)).await?;
     }
     Ok(())
 }
 
-/// Runs the poststop hooks of a bundle, with its failures logged only, as the runtime spec says.
-pub async fn poststop(bundle: &Path) {
+/// Runs the poststop hooks of a bundle, with its failures logged only, as the runtime spec says. Without a journal where that
+/// has been replayed.
+pub async fn poststop(bundle: &Path, journal: Option<&Journal>) {
     let spec = match Spec::load(bundle.join("config.json")) {
         Ok(spec) => spec,
         Err(error) => {
@@ -94,7 +103,7 @@ pub async fn poststop(bundle: &Path) {
     let context = Context { id, bundle: bundle.to_owned(), pid: 0, annotations };
     for hook in &hooks {
         let done = match state(&context, ContainerState::Stopped) {
-            Ok(state) => one("poststop", hook, &state).await,
+            Ok(state) => one("poststop", hook, &state, journal).await,
             Err(e) => Err(e),
         };
         if let Err(error) = done {
@@ -116,14 +125,17 @@ fn state(context: &Context, status: ContainerState) -> Result<Vec<u8>, Error> {
     serde_json::to_vec(&state).map_err(|e| Error::State(e.into()))
 }
 
-async fn one(point: &'static str, hook: &Hook, state: &[u8]) -> Result<(), Error> {
+async fn one(point: &'static str, hook: &Hook, state: &[u8], journal: Option<&Journal>) -> Result<(), Error> {
     let path = hook.path();
     let fail = |source| Error::Run { point, path: path.clone(), source };
     let mut command = Command::new(path);
     if let Some((name, args)) = hook.args().as_deref().and_then(<[String]>::split_first) {
         command.arg0(name).args(args);
     }
-    command.env_clear().stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped()).kill_on_drop(true);
+    // A file: what it says must not kill it when its shim has died, nor need anybody wait for those that it leaves behind.
+    let said = memfd_create("hook", MFdFlags::MFD_CLOEXEC).map(File::from).map_err(|e| fail(e.into()))?;
+    let stderr = said.try_clone().map_err(fail)?;
+    command.env_clear().stdin(Stdio::piped()).stdout(Stdio::null()).stderr(stderr).kill_on_drop(true);
     for variable in hook.env().iter().flatten() {
         if let Some((name, value)) = variable.split_once('=') {
             command.env(name, value);
@@ -131,6 +143,12 @@ async fn one(point: &'static str, hook: &Hook, state: &[u8]) -> Result<(), Error
     }
     let mut child = command.spawn().map_err(fail)?;
     let stdin = child.stdin.take();
+    // Before it is told anything: without a state it does nothing.
+    let pid = child.id().and_then(|pid| i32::try_from(pid).ok());
+    let written = match (journal, pid) {
+        (Some(journal), Some(pid)) => Some((journal, journal.hook(pid)?)),
+        _ => None,
+    };
     let whole = async {
         if let Some(mut stdin) = stdin {
             match stdin.write_all(state).await {
@@ -139,23 +157,31 @@ async fn one(point: &'static str, hook: &Hook, state: &[u8]) -> Result<(), Error
                 other => other?,
             }
         }
-        child.wait_with_output().await
+        child.wait().await
     };
-    let output = match hook.timeout().and_then(|seconds| u64::try_from(seconds).ok()).filter(|seconds| *seconds > 0) {
-        None => whole.await,
-        Some(seconds) => timeout(Duration::from_secs(seconds), whole).await.map_err(|_| Error::Timeout {
-            point,
-            path: path.clone(),
-            seconds,
-        })?,
+    let ended = match hook.timeout().and_then(|seconds| u64::try_from(seconds).ok()).filter(|seconds| *seconds > 0) {
+        None => Ok(whole.await),
+        Some(seconds) => timeout(Duration::from_secs(seconds), whole).await.map_err(|_| seconds),
+    };
+    if let Some((journal, resource)) = written {
+        journal.gone(resource)?;
     }
-    .map_err(fail)?;
-    if output.status.success() {
+    let status = ended.map_err(|seconds| Error::Timeout { point, path: path.clone(), seconds })?.map_err(fail)?;
+    if status.success() {
         return Ok(());
     }
-    let from = output.stderr.len().saturating_sub(QUOTED);
-    let stderr = String::from_utf8_lossy(&output.stderr[from..]).trim().to_owned();
-    Err(Error::Failed { point, path: path.clone(), status: output.status, stderr })
+    let stderr = tail(&said).map_err(fail)?;
+    Err(Error::Failed { point, path: path.clone(), status, stderr })
+}
+
+/// The end of what a hook has written.
+fn tail(said: &File) -> io::Result<String> {
+    let from = said.metadata()?.len().saturating_sub(QUOTED);
+    let mut bytes = Vec::new();
+    let mut said = said;
+    said.seek(SeekFrom::Start(from))?;
+    said.take(QUOTED).read_to_end(&mut bytes)?;
+    Ok(String::from_utf8_lossy(&bytes).trim().to_owned())
 }
 
 #[cfg(test)]
@@ -171,7 +197,9 @@ mod tests {
     async fn shell(script: &str, timeout: Option<i64>) -> Result<(), Error> {
         let hook = json!({ "path": "/bin/sh", "args": ["sh", "-c", script], "env": ["X=y"], "timeout": timeout });
         let hooks = vec![serde_json::from_value(hook).unwrap()];
-        run("createRuntime", Some(&hooks), &context(), ContainerState::Created).await
+        let dir = tempfile::tempdir().unwrap();
+        let journal = Journal::create(&dir.path().join("ns/c1")).unwrap();
+        run("createRuntime", Some(&hooks), &context(), ContainerState::Created, &journal).await
     }
 
     #[tokio::test]
@@ -193,6 +221,14 @@ mod tests {
     async fn a_failing_hook_is_quoted() {
         let error = shell("echo no bridge >&2; exit 3", None).await.unwrap_err().to_string();
         assert!(error.contains("no bridge") && error.contains("exit status: 3"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn nobody_waits_for_what_a_hook_leaves_behind() {
+        let ran = shell("sleep 1000 >/dev/null & echo $! >&2; exit 4", Some(20)).await.unwrap_err();
+        let Error::Failed { stderr, .. } = ran else { panic!("{ran}") };
+        let left = nix::unistd::Pid::from_raw(stderr.parse().unwrap());
+        nix::sys::signal::kill(left, nix::sys::signal::Signal::SIGKILL).unwrap();
     }
 
     #[tokio::test]

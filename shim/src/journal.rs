@@ -29,6 +29,8 @@ pub const STATE_ROOT: &str = "/run/vz";
 const FILE: &str = "journal";
 /// The role of the shim's own process.
 pub const SHIM: &str = "shim";
+/// How long a hook may go on after its shim; containerd gives `delete` five seconds.
+const HOOK_DEADLINE: Duration = Duration::from_secs(3);
 /// How long a killed process may take to be gone.
 const KILL_DEADLINE: Duration = Duration::from_secs(10);
 
@@ -40,6 +42,13 @@ pub enum Resource {
     Process {
         /// What it is, for people.
         role: String,
+        /// Its pid on the host.
+        pid: i32,
+        /// Field 22 of /proc/PID/stat.
+        start_time: u64,
+    },
+    /// A hook that runs: what it does must be done before its counterpart undoes it.
+    Hook {
         /// Its pid on the host.
         pid: i32,
         /// Field 22 of /proc/PID/stat.
@@ -164,6 +173,14 @@ impl Journal {
         Ok(resource)
     }
 
+    /// Writes down a hook that has been started, and is told to begin after this.
+    pub fn hook(&self, pid: i32) -> Result<Resource, Error> {
+        let start_time = start_time(pid).map_err(|source| Error::Kill { role: "hook".into(), pid, source })?;
+        let resource = Resource::Hook { pid, start_time };
+        self.made(resource.clone())?;
+        Ok(resource)
+    }
+
     fn write(&self, line: &Line) -> Result<(), Error> {
         let state = |source| Error::State { action: "write journal in", path: self.dir.clone(), source };
         let mut text = serde_json::to_vec(line).map_err(|e| state(e.into()))?;
@@ -192,6 +209,11 @@ impl Journal {
             match resource {
                 Resource::Process { role, pid, start_time } => kill(&role, pid, start_time)?,
                 Resource::Cgroup { path } => remove(&path, |path| cgroup::remove(&path))?,
+                Resource::Hook { pid, start_time } => {
+                    if !ends(pid, start_time, HOOK_DEADLINE)? {
+                        kill("hook", pid, start_time)?;
+                    }
+                }
                 Resource::Socket { path } => remove(&path, fs::remove_file)?,
                 Resource::Redirect { netns, index, link } => take_back(&netns, index, &link)?,
                 Resource::Poststop { bundle, .. } => poststop(&bundle),
@@ -275,30 +297,48 @@ fn kill(role: &str, pid: i32, wanted: u64) -> Result<(), Error> {
         return Ok(());
     }
     let fail = |source| Error::Kill { role: role.to_owned(), pid, source };
-    let Some(handle) = Handle::open(pid).map_err(fail)? else { return Ok(()) };
-    match start_time(pid) {
-        Ok(found) if found == wanted => {}
-        Ok(_) => return Ok(()),
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(e) => return Err(fail(e)),
-    }
-    wait_for_end(&handle).map_err(fail)
+    let Some(handle) = hold(pid, wanted).map_err(fail)? else { return Ok(()) };
+    kill_and_wait(&handle).map_err(fail)
 }
 
 /// Kills a process and waits until it is gone.
 pub fn end(pid: i32) -> io::Result<()> {
-    Handle::open(pid)?.map_or(Ok(()), |handle| wait_for_end(&handle))
+    Handle::open(pid)?.map_or(Ok(()), |handle| kill_and_wait(&handle))
 }
 
-fn wait_for_end(handle: &Handle) -> io::Result<()> {
+fn kill_and_wait(handle: &Handle) -> io::Result<()> {
     handle.kill(Signal::SIGKILL)?;
-    let deadline = Instant::now() + KILL_DEADLINE;
+    if wait(handle, KILL_DEADLINE)? { Ok(()) } else { Err(io::ErrorKind::TimedOut.into()) }
+}
+
+/// Whether a process ends, or has ended, in time.
+fn ends(pid: i32, wanted: u64, deadline: Duration) -> Result<bool, Error> {
+    let fail = |source| Error::Kill { role: "hook".into(), pid, source };
+    match hold(pid, wanted).map_err(fail)? {
+        Some(handle) => wait(&handle, deadline).map_err(fail),
+        None => Ok(true),
+    }
+}
+
+/// Takes hold of a process, unless it has ended.
+fn hold(pid: i32, wanted: u64) -> io::Result<Option<Handle>> {
+    let Some(handle) = Handle::open(pid)? else { return Ok(None) };
+    match start_time(pid) {
+        Ok(found) if found == wanted => Ok(Some(handle)),
+        Ok(_) => Ok(None),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(e),
+    }
+}
+
+/// Whether a process ends in time.
+fn wait(handle: &Handle, deadline: Duration) -> io::Result<bool> {
+    let deadline = Instant::now() + deadline;
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
         let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
         match poll(&mut [PollFd::new(handle.as_fd(), PollFlags::POLLIN)], timeout) {
-            Ok(0) => return Err(io::ErrorKind::TimedOut.into()),
-            Ok(_) => return Ok(()),
+            Ok(ready) => return Ok(ready > 0),
             Err(Errno::EINTR) => {}
             Err(e) => return Err(e.into()),
         }
@@ -347,6 +387,20 @@ mod tests {
         assert!(!child.wait().unwrap().success());
         assert!(!dir.exists() && !socket.exists() && !root.path().join("default").exists());
         Journal::unwind(&dir, |_| panic!("nothing is left")).unwrap();
+    }
+
+    #[test]
+    fn a_running_hook_is_waited_for_before_its_counterpart_runs() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = root.path().join("default").join("c1");
+        let journal = Journal::create(&dir).unwrap();
+        journal.made(Resource::Poststop { id: "c1".into(), bundle: "/b".into() }).unwrap();
+        let done = root.path().join("done");
+        let mut hook =
+            Command::new("sh").args(["-c", &format!("sleep 0.3; touch {}", done.display())]).spawn().unwrap();
+        journal.hook(i32::try_from(hook.id()).unwrap()).unwrap();
+        Journal::unwind(&dir, |_| assert!(done.exists())).unwrap();
+        assert!(hook.wait().unwrap().success());
     }
 
     #[test]

@@ -12,6 +12,7 @@ use std::{
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
     sync::{Arc, Mutex as StdMutex, MutexGuard as StdMutexGuard, PoisonError},
+    time::Instant,
 };
 
 use oci_spec::runtime::Spec;
@@ -132,8 +133,10 @@ impl News<'_> {
 impl Network {
     /// Finds or makes the namespace that a sandbox's spec asks for, with cards for a VM with this many vCPUs.
     pub fn prepare(spec: &Spec, vcpus: u32) -> Result<(Self, Cards), crate::error::Error> {
+        let begun = Instant::now();
         let given = spec::netns(spec)?;
         let (network, cards) = Self::make(given, spec::networks(spec), vcpus)?;
+        tracing::info!(cards = cards.nics.len(), took_us = micros(begun), "network is prepared");
         Ok((network, cards))
     }
 
@@ -184,12 +187,16 @@ impl Network {
     /// wired, and why, is returned apart.
     async fn look(&self, journal: &Journal) -> Result<(News<'_>, Option<Error>), Error> {
         let told = self.told.lock().await;
+        let begun = Instant::now();
         let (network, refused) = self.wiring().sync(|index, link| -> Result<(), Error> {
             if let Some(netns) = &self.given {
                 journal.made(redirect(netns, index, link))?;
             }
             Ok(())
         })?;
+        if *told != network {
+            tracing::info!(cards = network.links.len(), took_us = micros(begun), "network is wired");
+        }
         Ok((News { told, network }, refused))
     }
 
@@ -230,6 +237,10 @@ impl Network {
     fn wiring(&self) -> StdMutexGuard<'_, Wiring> {
         self.wiring.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn micros(begun: Instant) -> u64 {
+    u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX)
 }
 
 fn redirect(netns: &Path, index: u32, link: &str) -> Resource {

@@ -444,7 +444,7 @@ impl Sandbox {
             tracing::error!(error = chain(&error), "clean up");
         }
         for bundle in bundles {
-            hooks::poststop(&bundle).await;
+            hooks::poststop(&bundle, None).await;
         }
     }
 }

@@ -71,7 +71,7 @@ impl Service {
             event.set_pid(container.pid);
             self.0.publisher.publish("/tasks/start", Box::new(event));
             tracing::info!(container = container.id, at_ms = self.0.elapsed_ms(), "container is started");
-            create::poststart(&container).await;
+            create::poststart(&self.0, &container).await;
         } else {
             if container.init.state() != State::Running {
                 return Err(state_error(&container, &container.init, "must be running"));
