@@ -17,9 +17,6 @@ pub const MAIN: &str = "/etc/vz/config.toml";
 pub const DROP_INS: &str = "/etc/vz/config.d";
 /// Prefix of annotations that are for us.
 pub const ANNOTATION: &str = "io.containerd.vz/";
-/// Where guest bundles are looked for when none is configured.
-const BUNDLES: [&str; 2] = ["/usr/local/share/vz/linux/container", "/usr/share/vz/linux/container"];
-
 /// Which machine a sandbox runs on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -33,12 +30,25 @@ pub enum Machine {
     Qemu,
 }
 
+/// Which guest kernel is looked for where no bundle is configured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LinuxProfile {
+    /// Constrained: what containers need and nothing else.
+    #[default]
+    Container,
+    /// Broad.
+    Developer,
+}
+
 /// The whole configuration. Defaults are those of `config/vz.toml`.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
     /// Which machine to use.
     pub machine: Machine,
+    /// Which guest kernel to use.
+    pub linux_profile: LinuxProfile,
     /// Annotations that a container may set, without [`ANNOTATION`].
     pub annotations: Vec<String>,
     /// Lowest level that is logged.
@@ -87,7 +97,7 @@ impl LogLevel {
 #[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Guest {
-    /// The bundle's directory; empty means the first installed one, see [`Config::guest_bundle`].
+    /// The bundle's directory; empty means the first installed one of the profile, see [`Config::guest_bundle`].
     pub bundle: PathBuf,
     /// Appended to the kernel command line.
     pub kernel_args: String,
@@ -164,6 +174,7 @@ impl Default for Config {
     fn default() -> Self {
         Self {
             machine: Machine::default(),
+            linux_profile: LinuxProfile::default(),
             annotations: vec!["vcpus".into(), "memory-mib".into()],
             log_level: LogLevel::default(),
             guest: Guest::default(),
@@ -251,9 +262,6 @@ pub enum Error {
         /// Its value.
         value: String,
     },
-    /// No guest bundle is configured or installed.
-    #[error("no guest bundle: set guest.bundle in {MAIN}, or install one in {}", BUNDLES[0])]
-    NoBundle,
 }
 
 impl Config {
@@ -318,12 +326,9 @@ impl Config {
         Ok(self)
     }
 
-    /// The guest bundle's directory.
-    pub fn guest_bundle(&self) -> Result<PathBuf, Error> {
-        if !self.guest.bundle.as_os_str().is_empty() {
-            return Ok(self.guest.bundle.clone());
-        }
-        BUNDLES.iter().map(PathBuf::from).find(|dir| dir.exists()).ok_or(Error::NoBundle)
+    /// The guest bundle's directory, or one that has a directory for each profile; none where one is to be looked for.
+    pub fn guest_bundle(&self) -> Option<&Path> {
+        Some(self.guest.bundle.as_path()).filter(|dir| !dir.as_os_str().is_empty())
     }
 
     fn validate(&self) -> Result<(), Error> {

@@ -15,7 +15,7 @@ use containerd_shim_protos::events::task::{TaskExit, TaskOOM};
 use oci_spec::runtime::Spec;
 use tokio::sync::{Notify, Semaphore, mpsc};
 use vz_config::Config;
-use vz_linux::Bundle;
+use vz_linux::{Bundle, KernelProfile};
 use vz_machine::{
     control::{BootConfig, Cause, Ended, MachineChoice},
     verdict::Host,
@@ -122,7 +122,12 @@ pub fn prepare(
     let begun = Instant::now();
     let spec = read_spec(&identity.bundle)?;
     let config = config.annotate(&spec::annotations(&spec))?;
-    let guest_bundle = config.guest_bundle()?;
+    let profile = match config.linux_profile {
+        vz_config::LinuxProfile::Container => KernelProfile::Container,
+        vz_config::LinuxProfile::Developer => KernelProfile::Developer,
+    };
+    let guest_bundle = vz_linux::locate(config.guest_bundle(), profile)
+        .map_err(|e| Error::Message { what: "find guest bundle", source: Box::new(e) })?;
     let version = Bundle::describe(&guest_bundle)
         .map_err(|e| Error::Message { what: "open guest bundle", source: Box::new(e) })?;
     let share = Share::create(journal.path().join("share"))?;

@@ -6,10 +6,20 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use crate::{INITRAMFS, KERNEL, SCHEMA, VERSION, VerifyError, VersionInfo, verify::verify};
+use crate::{INITRAMFS, KERNEL, SCHEMA, VERSION, VerifyError, VersionInfo, YOUKI, verify::verify};
 
 /// Where checksums of verified files are remembered until the next boot of the host.
 const CACHE: &str = "/run/vz/verified";
+
+/// The cache for this user: what others could write there would count for us.
+pub(crate) fn cache() -> Option<PathBuf> {
+    if nix::unistd::geteuid().is_root() {
+        return Some(CACHE.into());
+    }
+    // The user's own, and gone with the session.
+    let dir = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from).filter(|dir| dir.is_absolute())?;
+    Some(dir.join("vz/verified"))
+}
 
 /// A verified bundle: what is in the files is what `version.json` says.
 #[derive(Debug)]
@@ -59,7 +69,7 @@ pub enum Error {
         /// The bundle's directory.
         dir: PathBuf,
         /// The file's name.
-        name: &'static str,
+        name: String,
     },
     /// A file is missing or cannot be opened.
     #[error("guest bundle {dir}: open {name}")]
@@ -67,7 +77,7 @@ pub enum Error {
         /// The bundle's directory.
         dir: PathBuf,
         /// The file's name.
-        name: &'static str,
+        name: String,
         /// Why.
         source: io::Error,
     },
@@ -95,21 +105,43 @@ impl Bundle {
 
     /// Opens the bundle in `dir` and verifies what a boot needs of it.
     pub fn open(dir: &Path) -> Result<Self, Error> {
-        Self::open_with_cache(dir, Path::new(CACHE))
+        Self::open_with_cache(dir, cache().as_deref())
     }
 
-    /// As [`Bundle::open`], with checksums remembered in `cache`.
-    pub fn open_with_cache(dir: &Path, cache: &Path) -> Result<Self, Error> {
+    /// As [`Bundle::open`], with checksums remembered in `cache`, where there is one.
+    pub fn open_with_cache(dir: &Path, cache: Option<&Path>) -> Result<Self, Error> {
         let version = Self::describe(dir)?;
         let kernel = open(dir, KERNEL, &version, cache)?;
         let initramfs = open(dir, INITRAMFS, &version, cache)?;
         Ok(Self { kernel, initramfs, version })
     }
+
+    /// Verifies every file of the bundle in `dir`.
+    pub(crate) fn verify_all(dir: &Path, cache: Option<&Path>) -> Result<VersionInfo, Error> {
+        let version = Self::describe(dir)?;
+        for name in [KERNEL, INITRAMFS, YOUKI] {
+            if !version.artifacts.contains_key(name) {
+                return Err(Error::Unlisted { dir: dir.to_owned(), name: name.to_owned() });
+            }
+        }
+        for name in version.artifacts.keys() {
+            open(dir, name, &version, cache)?;
+        }
+        Ok(version)
+    }
 }
 
-fn open(dir: &Path, name: &'static str, version: &VersionInfo, cache: &Path) -> Result<File, Error> {
-    let artifact = version.artifacts.get(name).ok_or_else(|| Error::Unlisted { dir: dir.to_owned(), name })?;
-    let mut file = File::open(dir.join(name)).map_err(|source| Error::Open { dir: dir.to_owned(), name, source })?;
+fn open(dir: &Path, name: &str, version: &VersionInfo, cache: Option<&Path>) -> Result<File, Error> {
+    let of = || (dir.to_owned(), name.to_owned());
+    let unlisted = || {
+        let (dir, name) = of();
+        Error::Unlisted { dir, name }
+    };
+    let artifact = version.artifacts.get(name).ok_or_else(unlisted)?;
+    let mut file = File::open(dir.join(name)).map_err(|source| {
+        let (dir, name) = of();
+        Error::Open { dir, name, source }
+    })?;
     verify(&mut file, name, &artifact.sha256, cache).map_err(|source| Error::Verify { dir: dir.to_owned(), source })?;
     Ok(file)
 }
@@ -140,12 +172,12 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let cache = dir.path().join("cache");
         write(dir.path(), SCHEMA);
-        assert_eq!(Bundle::open_with_cache(dir.path(), &cache).unwrap().version.profile, "container");
+        assert_eq!(Bundle::open_with_cache(dir.path(), Some(&cache)).unwrap().version.profile, "container");
         fs::write(dir.path().join(INITRAMFS), "evil").unwrap();
-        let error = Bundle::open_with_cache(dir.path(), &cache).unwrap_err();
+        let error = Bundle::open_with_cache(dir.path(), Some(&cache)).unwrap_err();
         assert!(error.source().unwrap().to_string().contains(INITRAMFS), "{error:?}");
         fs::remove_file(dir.path().join(KERNEL)).unwrap();
-        let error = Bundle::open_with_cache(dir.path(), &cache).unwrap_err().to_string();
+        let error = Bundle::open_with_cache(dir.path(), Some(&cache)).unwrap_err().to_string();
         assert!(error.contains("open vmlinux"), "{error}");
     }
 

@@ -37,16 +37,17 @@ pub enum VerifyError {
     },
 }
 
-/// Checks that `file` has the SHA-256 `wanted`.
-pub(crate) fn verify(file: &mut File, name: &str, wanted: &str, cache: &Path) -> Result<(), VerifyError> {
+/// Checks that `file` has the SHA-256 `wanted`. What is found is remembered in `cache`, where there is one.
+pub(crate) fn verify(file: &mut File, name: &str, wanted: &str, cache: Option<&Path>) -> Result<(), VerifyError> {
     let read = |source| VerifyError::Read { name: name.to_owned(), source };
     let stamp = Stamp::of(file).map_err(read)?;
-    let found = match stamp.recall(cache) {
+    let found = match cache.and_then(|cache| stamp.recall(cache)) {
         Some(found) => found,
         None => {
             let found = checksum(file).map_err(read)?;
             // Only what stayed the same while it was read may be remembered.
-            if Stamp::of(file).map_err(read)? == stamp
+            if let Some(cache) = cache
+                && Stamp::of(file).map_err(read)? == stamp
                 && let Err(error) = stamp.remember(cache, &found)
             {
                 tracing::warn!(%error, name, cache = %cache.display(), "checksum is not remembered");
@@ -69,7 +70,12 @@ fn checksum(file: &mut File) -> io::Result<String> {
             n => hash.update(&buffer[..n]),
         }
     }
-    Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+    Ok(hex(hash))
+}
+
+/// The digest, as `version.json` has it.
+pub(crate) fn hex(hash: Sha256) -> String {
+    hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// What changes whenever a file's content does.
@@ -110,7 +116,7 @@ mod tests {
     const EMPTY: &str = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
 
     fn check(path: &Path, cache: &Path, wanted: &str) -> Result<(), VerifyError> {
-        verify(&mut File::open(path).unwrap(), "vmlinux", wanted, cache)
+        verify(&mut File::open(path).unwrap(), "vmlinux", wanted, Some(cache))
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::{error::Error, io, process::ExitCode};
 
 use serde::Serialize;
 use vz_config::Config;
-use vz_linux::Bundle;
+use vz_linux::{Bundle, KernelProfile};
 use vz_machine::{
     control::{MachineChoice, MachineKind},
     select::{Selection, select_by},
@@ -180,7 +180,11 @@ fn summary(verdict: Verdict) -> Kvm {
 }
 
 fn bundle(config: &Config) -> Check {
-    let dir = match config.guest_bundle() {
+    let profile = match config.linux_profile {
+        vz_config::LinuxProfile::Container => KernelProfile::Container,
+        vz_config::LinuxProfile::Developer => KernelProfile::Developer,
+    };
+    let dir = match vz_linux::locate(config.guest_bundle(), profile) {
         Ok(dir) => dir,
         Err(e) => return Check::new("guest bundle", Status::Failed, chain(&e)),
     };
@@ -232,7 +236,7 @@ fn nanoseconds(ps: u64) -> f64 {
 }
 
 /// An error with its causes.
-fn chain(e: &dyn Error) -> String {
+pub(crate) fn chain(e: &dyn Error) -> String {
     let mut text = e.to_string();
     let mut cause = e.source();
     while let Some(e) = cause {
