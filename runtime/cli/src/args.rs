@@ -49,6 +49,12 @@ pub enum Command {
         #[arg(long, required = true)]
         console: bool,
     },
+    /// Guest bundles, for VMs of one's own as well as for containers.
+    Vm {
+        /// Of which system.
+        #[command(subcommand)]
+        system: System,
+    },
     /// Write a shell's completions to standard output.
     Completions {
         /// The shell.
@@ -60,6 +66,80 @@ pub enum Command {
         /// The directory; it is made if there is none.
         dir: PathBuf,
     },
+}
+
+/// What a VM runs.
+#[derive(Debug, Subcommand)]
+pub enum System {
+    /// Linux: a kernel, an initramfs with the agent, and youki.
+    ///
+    /// Bundles are looked for in $VZ_LINUX_DIR, or where that is not set in ~/.vz/linux, /usr/local/share/vz/linux and
+    /// /usr/share/vz/linux, each of which has a directory for each profile.
+    Linux {
+        /// What to do.
+        #[command(subcommand)]
+        verb: Linux,
+    },
+}
+
+/// What can be done with bundles.
+#[derive(Debug, Subcommand)]
+pub enum Linux {
+    /// Install a bundle, as a whole or not at all, and verify it.
+    ///
+    /// Without --from it is enough that there is one.
+    Init {
+        /// Which and where.
+        #[command(flatten)]
+        place: Place,
+        /// The bundle to install, a directory; it replaces another one.
+        #[arg(long, value_name = "DIR")]
+        from: Option<PathBuf>,
+    },
+    /// Check every file of a bundle by its checksum, and that its programs are of this version.
+    Verify {
+        /// Which and where.
+        #[command(flatten)]
+        place: Place,
+    },
+    /// Show what a bundle says of itself.
+    Info {
+        /// Which and where.
+        #[command(flatten)]
+        place: Place,
+    },
+    /// List all bundles.
+    List {
+        /// Where to look instead of the usual places.
+        #[arg(long, value_name = "DIR")]
+        dir: Option<PathBuf>,
+        /// Write JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Build a bundle from vz's source, with make, and install it.
+    Build {
+        /// Which and where.
+        #[command(flatten)]
+        place: Place,
+        /// vz's source.
+        #[arg(long, value_name = "DIR", default_value = ".")]
+        source: PathBuf,
+    },
+}
+
+/// A bundle's profile and place.
+#[derive(Debug, clap::Args)]
+pub struct Place {
+    /// developer: a broad kernel. container: what containers need and nothing else.
+    #[arg(long, value_name = "PROFILE", default_value = "developer", value_parser = ["developer", "container"])]
+    pub kernel_profile: String,
+    /// A bundle, or a directory that has a directory for each profile, instead of the usual places.
+    #[arg(long, value_name = "DIR")]
+    pub dir: Option<PathBuf>,
+    /// Write JSON.
+    #[arg(long)]
+    pub json: bool,
 }
 
 #[cfg(test)]

@@ -10,10 +10,11 @@ use clap::{CommandFactory, Parser};
 
 mod args;
 mod check;
+mod linux;
 mod sandboxes;
 mod table;
 
-use args::{Args, Command};
+use args::{Args, Command, System};
 
 fn main() -> ExitCode {
     let done = match Args::parse().command {
@@ -23,6 +24,9 @@ fn main() -> ExitCode {
         }
         Command::Logs { sandbox, .. } => {
             sandboxes::console(&sandbox).and_then(|text| print(&text)).map(|()| ExitCode::SUCCESS)
+        }
+        Command::Vm { system: System::Linux { verb } } => {
+            linux::run(verb).and_then(|text| print(text.as_bytes())).map(|()| ExitCode::SUCCESS)
         }
         Command::Completions { shell } => {
             let mut text = Vec::new();

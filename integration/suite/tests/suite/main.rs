@@ -12,6 +12,7 @@ mod events;
 mod exec;
 mod files;
 mod lifecycle;
+mod linux;
 mod machine;
 mod net;
 mod net_faults;
@@ -24,6 +25,7 @@ fn main() -> ExitCode {
     vz_suite::harness::main(&[
         checker::TESTS,
         check::TESTS,
+        linux::TESTS,
         run::TESTS,
         files::TESTS,
         options::TESTS,

@@ -1,0 +1,72 @@
+//! `vz vm linux`: guest bundles, installed, verified and refused by name; and containers on a bundle that was so installed.
+
+use std::fs;
+
+use serde_json::Value;
+use vz_suite::{Lab, Verdict, lab::BUSYBOX, tests};
+
+tests![a_bundle_is_installed_verified_and_used, a_broken_bundle_is_refused_by_name, what_is_not_there_is_said];
+
+const CONTAINER: [&str; 2] = ["--kernel-profile", "container"];
+
+#[track_caller]
+fn vz(lab: &Lab, verb: &[&str], more: &[&str]) -> vz_suite::command::Output {
+    lab.vz(&["vm", "linux"]).args(verb).args(more).run()
+}
+
+fn a_bundle_is_installed_verified_and_used(lab: &Lab) -> Verdict {
+    lab.vz_only()?;
+    let dir = lab.dir();
+    let (base, from) = (dir.path().display().to_string(), lab.bundle().display().to_string());
+    let place = [&CONTAINER[..], &["--dir", &base]].concat();
+    let text = vz(lab, &["init", "--from", &from, "--json"], &place).ok();
+    let made: Value = serde_json::from_str(&text).unwrap_or_else(|e| panic!("{e}: {text}"));
+    assert_eq!(made["dir"], format!("{base}/container"));
+    let again = vz(lab, &["init", "--from", &from], &place).ok();
+    assert!(again.contains("profile container"), "{again}");
+    vz(lab, &["init"], &place).ok();
+    assert!(vz(lab, &["verify"], &place).ok().contains("verified"));
+    let info: Value = serde_json::from_str(&vz(lab, &["info", "--json"], &place).ok()).expect("info is JSON");
+    assert_eq!(info["version"]["kernel_version"], made["version"]["kernel_version"]);
+    let list: Value =
+        serde_json::from_str(&vz(lab, &["list", "--json", "--dir", &base], &[]).ok()).expect("a list is JSON");
+    assert_eq!(list.as_array().map(Vec::len), Some(1), "{list:#}");
+    assert_eq!((&list[0]["used"], &list[0]["problem"]), (&Value::from(true), &Value::Null));
+    // The shim takes a directory of profiles, too.
+    let _guard = lab.use_bundle(dir.path());
+    let seen = lab.ctr_run(&["--rm", BUSYBOX, &lab.id("bundle"), "uname", "-r"]).run().ok();
+    assert_eq!(Value::from(seen), made["version"]["kernel_version"]);
+    Ok(())
+}
+
+fn a_broken_bundle_is_refused_by_name(lab: &Lab) -> Verdict {
+    lab.vz_only()?;
+    let dir = lab.dir();
+    let (base, from) = (dir.path().display().to_string(), lab.bundle().display().to_string());
+    let place = [&CONTAINER[..], &["--dir", &base]].concat();
+    vz(lab, &["init", "--from", &from], &place).ok();
+    for name in ["vmlinux", "initramfs.img", "youki"] {
+        let path = dir.path().join("container").join(name);
+        let good = fs::read(&path).expect("read an artifact");
+        let mut bad = good.clone();
+        let middle = bad.len() / 2;
+        bad[middle] ^= 1;
+        fs::write(&path, bad).expect("write an artifact");
+        vz(lab, &["verify"], &place).exits(1).fails_with(&[name, "sha256"]);
+        let list = vz(lab, &["list", "--dir", &base], &[]).ok();
+        assert!(list.contains(name), "{list}");
+        fs::write(&path, good).expect("write an artifact");
+    }
+    vz(lab, &["verify"], &place).ok();
+    Ok(())
+}
+
+fn what_is_not_there_is_said(lab: &Lab) -> Verdict {
+    lab.vz_only()?;
+    let dir = lab.dir();
+    let base = dir.path().display().to_string();
+    vz(lab, &["init", "--dir", &base], &[]).exits(1).fails_with(&["no guest bundle of profile developer", "--from"]);
+    vz(lab, &["build", "--source", &base], &CONTAINER).exits(1).fails_with(&["mk/bundle.mk", "--source"]);
+    vz(lab, &["init", "--kernel-profile", "broad"], &[]).exits(2).fails_with(&["developer", "container"]);
+    Ok(())
+}
