@@ -190,23 +190,23 @@ pub async fn start_exec(sandbox: &Arc<Sandbox>, container: &Container, process: 
     result
 }
 
-/// Connects a stream to the guest for each that is wanted, under a token of its own.
+/// Connects a stream to the guest for each that is wanted, under a token of its own; all at once, as each takes a way to the
+/// guest and back.
 async fn connect_streams(sandbox: &Sandbox, stdio: &Stdio) -> Result<(AgentStdio, Guest), Error> {
+    let connect = async |wanted: bool| match wanted {
+        true => connect_stream(sandbox).await.map(|(token, stream)| (token, Some(stream))),
+        false => Ok(Default::default()),
+    };
     let (stdin, stdout, stderr) = stdio.wanted();
-    let mut agent = AgentStdio { terminal: stdio.terminal, ..Default::default() };
-    let mut guest = Guest::default();
-    for (wanted, token, stream) in [
-        (stdin, &mut agent.stdin, &mut guest.stdin),
-        (stdout, &mut agent.stdout, &mut guest.stdout),
-        (stderr, &mut agent.stderr, &mut guest.stderr),
-    ] {
-        if wanted {
-            let (name, connected) = connect_stream(sandbox).await?;
-            *token = name;
-            *stream = Some(connected);
-        }
-    }
-    Ok((agent, guest))
+    let (stdin, stdout, stderr) = tokio::try_join!(connect(stdin), connect(stdout), connect(stderr))?;
+    let agent = AgentStdio {
+        stdin: stdin.0,
+        stdout: stdout.0,
+        stderr: stderr.0,
+        terminal: stdio.terminal,
+        ..Default::default()
+    };
+    Ok((agent, Guest { stdin: stdin.1, stdout: stdout.1, stderr: stderr.1 }))
 }
 
 async fn connect_stream(sandbox: &Sandbox) -> Result<(String, UnixStream), Error> {
