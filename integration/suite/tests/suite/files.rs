@@ -180,10 +180,11 @@ fn file_owners_and_modes_are_kept(lab: &Lab) -> Verdict {
     let said = container.sh(
         "cd /var/tmp; umask 027; touch a; chown 1000:2000 a; chmod 4751 a; ln a hard; ln -s a soft; mkfifo fifo; \
          mkdir dir; chmod 1777 dir; truncate -s 5G sparse; setfattr -n user.k -v v a 2>/dev/null; \
-         stat -c '%n %F %a %u %g %h %s' a soft fifo dir sparse; test a -ef hard && echo same",
+         stat -c '%n %F %a %u %g %h %s' a soft fifo sparse; stat -c '%n %F %a %u %g' dir; test a -ef hard && echo same",
     );
+    // How large a directory is, is its file system's business.
     let wanted = "a regular empty file 4751 1000 2000 2 0\nsoft symbolic link 777 0 0 1 1\nfifo fifo 640 0 0 1 0\n\
-                  dir directory 1777 0 0 2 4096\nsparse regular file 640 0 0 1 5368709120\nsame";
+                  sparse regular file 640 0 0 1 5368709120\ndir directory 1777 0 0\nsame";
     assert_eq!(said, wanted);
     // A stopped container keeps its files for its next start.
     container.nerdctl("stop").ok();
