@@ -349,7 +349,13 @@ fn spawn(options: &StartOptions, socket: &str, listener: UnixListener, bundle: &
     }
     let status = child.wait().map_err(fail("wait for the daemon"))?;
     drop(std::fs::remove_file(socket.trim_start_matches("unix://")));
-    Err(Error::Daemon(if report.is_empty() { format!("daemon ended with {status}") } else { report }))
+    if !report.is_empty() {
+        // It has cleaned up itself.
+        return Err(Error::Daemon(report));
+    }
+    // Killed: containerd calls `delete` for shims that it knows, and it does not know this one yet.
+    take_away(&Journal::dir(&options.namespace, &options.id))?;
+    Err(Error::Daemon(format!("daemon ended with {status}")))
 }
 
 /// containerd's ConfigPath for this runtime, where it is set.
