@@ -127,7 +127,7 @@ enum What {
 }
 
 impl Vcpu {
-    /// Starts it on a thread of its own; `ended` is told how the VM ended, `failed` where the thread could not be confined.
+    /// Starts it on a thread of its own; `ended` is told how the VM ended, `refused` where the thread could not be confined.
     pub(crate) fn start(
         self,
         ended: impl FnOnce(End) + Send + 'static,
