@@ -2,6 +2,10 @@
 //!
 //! Clients dereference a task's pid (`/proc/PID/ns/net`, `/proc/PID/root`), so each container has this process, in its
 //! network namespace and with its root file system as root. It does nothing but wait for its end.
+//!
+//! It ends when nobody holds the other end of its channel any more. The shim does, and so do the hooks that it runs: one
+//! that connects the container must find the network namespace there to its end, even if the shim is killed meanwhile, for
+//! no plugin takes back what it has done by halves. What is still there then is in the journal.
 
 use std::{
     ffi::CString,
@@ -51,7 +55,7 @@ pub struct Anchor {
 }
 
 impl Anchor {
-    /// Starts one with `rootfs` as its root, in the network namespace `netns`. Call it from the main thread.
+    /// Starts one with `rootfs` as its root, in the network namespace `netns`.
     pub fn start(rootfs: &Path, netns: BorrowedFd<'_>) -> Result<Self, Error> {
         let enter = |reason: String| Error::Enter { rootfs: rootfs.to_owned(), reason };
         let (ours, theirs) = Channel::pair().map_err(Error::Spawn)?;
@@ -62,7 +66,8 @@ impl Anchor {
             env: Vec::new(),
             fds: vec![(theirs.as_fd(), CHANNEL_FD), (netns, NETNS_FD)],
             namespaces: CloneFlags::CLONE_NEWNS,
-            outlives_parent: false,
+            // Its channel tells.
+            outlives_parent: true,
         }
         .spawn()
         .map_err(Error::Spawn)?;
@@ -80,6 +85,14 @@ impl Anchor {
     /// Its pid on the host.
     pub fn pid(&self) -> i32 {
         self.process.pid().as_raw()
+    }
+
+    /// Something to hold: the process stays while it is open, if the shim has died.
+    pub fn hold(&self) -> io::Result<OwnedFd> {
+        match &self.channel {
+            Some(channel) => channel.as_fd().try_clone_to_owned(),
+            None => Err(io::ErrorKind::NotConnected.into()),
+        }
     }
 }
 
@@ -106,7 +119,7 @@ pub fn main(rootfs: &Path) -> ExitCode {
         Ok(()) => channel.send(READY, &[]),
         Err((step, error)) => channel.send(format!("{step}: {error}").as_bytes(), &[]),
     };
-    // Until the shim closes its end, or dies and takes this process along.
+    // Until nobody has the other end.
     match said.and_then(|()| channel.recv()) {
         Ok(_) => ExitCode::SUCCESS,
         Err(_) => ExitCode::FAILURE,

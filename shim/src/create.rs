@@ -88,7 +88,14 @@ async fn host_side(sandbox: &Arc<Sandbox>, request: &CreateTaskRequest) -> Resul
     if let Some(cgroup) = &sandbox.cgroup {
         cgroup.add(anchor.pid())?;
     }
-    let context = Context { id: request.id.clone(), bundle: bundle.to_owned(), pid: anchor.pid(), annotations };
+    let hold = anchor.hold().map_err(|source| Error::Anchor(crate::anchor::Error::Spawn(source)))?;
+    let context = Context {
+        id: request.id.clone(),
+        bundle: bundle.to_owned(),
+        pid: anchor.pid(),
+        annotations,
+        hold: Some(Arc::new(hold)),
+    };
     let mut poststop = None;
     if plan.hooks.poststop().as_ref().is_some_and(|hooks| !hooks.is_empty()) {
         let resource = Resource::Poststop { id: request.id.clone(), bundle: bundle.to_owned() };

@@ -3,11 +3,14 @@
 use std::{
     fs::File,
     io::{self, Read, Seek, SeekFrom},
+    os::fd::OwnedFd,
     path::{Path, PathBuf},
     process::Stdio,
+    sync::Arc,
     time::Duration,
 };
 
+use command_fds::CommandFdExt;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use oci_spec::runtime::{ContainerState, Hook, Spec, StateBuilder};
 use tokio::{io::AsyncWriteExt, process::Command, time::timeout};
@@ -71,6 +74,8 @@ pub struct Context {
     pub pid: i32,
     /// Its spec's annotations.
     pub annotations: std::collections::HashMap<String, String>,
+    /// What keeps the anchor, and with it the network namespace, for as long as a hook runs.
+    pub hold: Option<Arc<OwnedFd>>,
 }
 
 /// Runs `hooks` one after the other, each in the journal while it runs; the first that fails ends it.
@@ -82,7 +87,7 @@ pub async fn run(
     journal: &Journal,
 ) -> Result<(), Error> {
     for hook in hooks.into_iter().flatten() {
-        one(point, hook, &state(context, status)?, Some(journal)).await?;
+        one(point, hook, context, status, Some(journal)).await?;
     }
     Ok(())
 }
@@ -100,13 +105,9 @@ pub async fn poststop(bundle: &Path, journal: Option<&Journal>) {
     let Some(hooks) = spec.hooks().as_ref().and_then(|hooks| hooks.poststop().clone()) else { return };
     let id = bundle.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let annotations = spec.annotations().clone().unwrap_or_default();
-    let context = Context { id, bundle: bundle.to_owned(), pid: 0, annotations };
+    let context = Context { id, bundle: bundle.to_owned(), pid: 0, annotations, hold: None };
     for hook in &hooks {
-        let done = match state(&context, ContainerState::Stopped) {
-            Ok(state) => one("poststop", hook, &state, journal).await,
-            Err(e) => Err(e),
-        };
-        if let Err(error) = done {
+        if let Err(error) = one("poststop", hook, &context, ContainerState::Stopped, journal).await {
             tracing::warn!(error = %crate::error::chain(&error), "poststop hook");
         }
     }
@@ -125,9 +126,16 @@ fn state(context: &Context, status: ContainerState) -> Result<Vec<u8>, Error> {
     serde_json::to_vec(&state).map_err(|e| Error::State(e.into()))
 }
 
-async fn one(point: &'static str, hook: &Hook, state: &[u8], journal: Option<&Journal>) -> Result<(), Error> {
+async fn one(
+    point: &'static str,
+    hook: &Hook,
+    context: &Context,
+    status: ContainerState,
+    journal: Option<&Journal>,
+) -> Result<(), Error> {
     let path = hook.path();
     let fail = |source| Error::Run { point, path: path.clone(), source };
+    let state = state(context, status)?;
     let mut command = Command::new(path);
     if let Some((name, args)) = hook.args().as_deref().and_then(<[String]>::split_first) {
         command.arg0(name).args(args);
@@ -141,6 +149,9 @@ async fn one(point: &'static str, hook: &Hook, state: &[u8], journal: Option<&Jo
             command.env(name, value);
         }
     }
+    if let Some(hold) = &context.hold {
+        command.preserved_fds(vec![hold.try_clone().map_err(fail)?]);
+    }
     let mut child = command.spawn().map_err(fail)?;
     let stdin = child.stdin.take();
     // Before it is told anything: without a state it does nothing.
@@ -151,7 +162,7 @@ async fn one(point: &'static str, hook: &Hook, state: &[u8], journal: Option<&Jo
     };
     let whole = async {
         if let Some(mut stdin) = stdin {
-            match stdin.write_all(state).await {
+            match stdin.write_all(&state).await {
                 // A hook need not read what it is told.
                 Err(e) if e.kind() == io::ErrorKind::BrokenPipe => {}
                 other => other?,
@@ -191,7 +202,7 @@ mod tests {
     use super::*;
 
     fn context() -> Context {
-        Context { id: "c1".into(), bundle: "/b/c1".into(), pid: 42, annotations: [("a".into(), "b".into())].into() }
+        Context { id: "c1".into(), bundle: "/b/c1".into(), pid: 42, annotations: [("a".into(), "b".into())].into(), hold: None }
     }
 
     async fn shell(script: &str, timeout: Option<i64>) -> Result<(), Error> {

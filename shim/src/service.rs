@@ -3,7 +3,7 @@
 //! Every request runs in a task of its own: a client that goes away or times out drops its handler, and must not stop
 //! work half-way.
 
-use std::{future::Future, sync::Arc};
+use std::{future::Future, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use containerd_shim_protos::{
@@ -18,6 +18,7 @@ use containerd_shim_protos::{
     protobuf::{Message, well_known_types::any::Any},
     shim_async::Task,
 };
+use nix::sys::signal::Signal;
 use ttrpc::{Code, asynchronous::TtrpcContext};
 use vz_proto::{ContainerRequest, ProcessRequest, ResizePtyRequest as AgentResize, SignalProcessRequest};
 
@@ -30,6 +31,9 @@ use crate::{
 };
 
 type Reply<T> = ttrpc::Result<T>;
+
+/// How long the answer to a SIGKILL may wait for the process's end to be known.
+const KILL_DEADLINE: Duration = Duration::from_secs(1);
 
 /// The Task service of a sandbox.
 #[derive(Debug, Clone)]
@@ -286,6 +290,11 @@ impl Task for Service {
             let container = service.0.container(&request.id)?;
             let process = container.process(&request.exec_id)?;
             service.signal(&container, &process, request.signal, request.all).await?;
+            if request.signal == Signal::SIGKILL as u32 && process.state() != State::Created {
+                // Whoever kills and then asks, or starts it again, must not meet it still running: with runc the kernel
+                // sees to that. A process that cannot die, or whose output nobody takes, is not waited for.
+                drop(tokio::time::timeout(KILL_DEADLINE, process.wait()).await);
+            }
             Ok(Empty::new())
         })
         .await

@@ -24,6 +24,7 @@ tests![
     logs_are_kept_and_followed,
     a_detached_terminal_is_attached_again,
     a_container_starts_again,
+    what_is_killed_can_be_started_at_once,
     containers_live_side_by_side,
     what_is_not_offered_says_so,
     a_killed_client_can_be_cleaned_up_after,
@@ -239,6 +240,20 @@ fn what_is_not_offered_says_so(lab: &Lab) -> Verdict {
     lab.nerdctl(&["update", "--memory", "100m", &container.name]).run().fails_with(&["not supported by vz"]);
     // None of which does any harm.
     assert_eq!(container.sh("echo well"), "well");
+    Ok(())
+}
+
+fn what_is_killed_can_be_started_at_once(lab: &Lab) -> Verdict {
+    let container = Container::start(lab, "again", &[BUSYBOX, "sleep", "1000"]);
+    for _ in 0..lab.times(4, 30) {
+        // Nobody waits in between: nerdctl leaves alone what it meets running, and that would be on its way to die.
+        lab.nerdctl(&["kill", &container.name]).run().ok();
+        lab.nerdctl(&["start", &container.name]).run().ok();
+        assert_eq!(container.sh("echo well"), "well");
+    }
+    let task = Task::start(lab, "asked", &[], BUSYBOX, &["sleep", "1000"]);
+    task.kill("SIGKILL");
+    assert_eq!(lab.status(&task.id).as_deref(), Some("STOPPED"));
     Ok(())
 }
 

@@ -203,7 +203,9 @@ fn addresses_names_and_servers_are_as_asked_for(lab: &Lab) -> Verdict {
         &net.1,
         "--ip",
         &address,
-        "--mac-address",
+        "--stop-timeout",
+            "1",
+            "--mac-address",
         "02:42:ac:11:00:4d",
         "--dns",
         "192.0.2.53",
@@ -277,6 +279,8 @@ fn a_restarted_container_is_connected_again(lab: &Lab) -> Verdict {
             &net.1,
             "--ip",
             &format!("{prefix}.9"),
+            "--stop-timeout",
+            "1",
             "--mac-address",
             "02:42:ac:11:00:4e",
             BUSYBOX,
@@ -284,7 +288,7 @@ fn a_restarted_container_is_connected_again(lab: &Lab) -> Verdict {
             "1000",
         ],
     );
-    let any = Container::connected(lab, "any", &["--net", &net.1, BUSYBOX, "sleep", "1000"]);
+    let any = Container::connected(lab, "any", &["--net", &net.1, "--stop-timeout", "1", BUSYBOX, "sleep", "1000"]);
     for action in ["stop", "start", "restart", "kill", "start"] {
         fixed.nerdctl(action).ok();
     }

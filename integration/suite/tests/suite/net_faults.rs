@@ -283,7 +283,7 @@ fn links_that_cannot_be_connected_are_named(lab: &Lab) -> Verdict {
 /// At several points of a creation with a network: what CNI has made is taken away by the hooks.
 fn killed_while_connecting(lab: &Lab, role: Role) -> Verdict {
     lab.vz_only()?;
-    for delay in [0, 100, 300, 700] {
+    for delay in [0, 50, 100, 150, 200, 300, 700] {
         let name = lab.id("killed");
         let args = [
             "run",
@@ -317,13 +317,6 @@ fn killed_while_connecting(lab: &Lab, role: Role) -> Verdict {
 }
 
 fn the_shim_is_killed_while_it_connects(lab: &Lab) -> Verdict {
-    // A defect that is known and not mended: see docs/limits.md. VZ_TEST_SOAK=1 shows it.
-    if lab.times(0, 1) == 0 {
-        return Err(vz_suite::Skip(
-            "known defect: CNI's firewall rules of a container whose shim is killed during a hook stay now and then"
-                .into(),
-        ));
-    }
     killed_while_connecting(lab, Role::Shim)
 }
 
