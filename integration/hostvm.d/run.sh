@@ -19,7 +19,7 @@ run() { # run SCRIPT ARG...
   exec 8> >(trap '' INT TERM HUP; exec cat >/dev/null)
   last=$!
   setpriv --pdeathsig KILL unshare --mount --pid --fork --kill-child --mount-proc --propagation slave \
-    "$0" -c "$cpus" -m "$memory" -t "$limit" -o "$out" -k "$console" ${verbose:+"$verbose"} -- --inside "$script" "$@" </dev/null &
+    "$0" -c "$cpus" -m "$memory" -t "$limit" -o "$out" -k "$console" ${instructions:+-i} ${verbose:+"$verbose"} -- --inside "$script" "$@" </dev/null &
   inner=$!
   exec 8>&-
   # shellcheck disable=SC2064 # the values of now
@@ -136,6 +136,8 @@ qemu_command() { # qemu_command WORK: sets `command`
     # no_timer_check: the check counts ticks in a loop of fixed length, and fails where this machine is busy with other things.
     -append "console=ttyS0 quiet panic=-1 reboot=t mitigations=off nowatchdog no_timer_check nohz=off highres=off"
     -serial "file:$work/console" -device virtio-rng-pci -device virtio-serial-pci)
+  # One instruction is one nanosecond, and idle time is skipped.
+  [[ -z $instructions ]] || command+=(-icount shift=0,sleep=off)
   for name in root out; do
     command+=(-chardev "socket,id=$name,path=$work/$name.sock" -device "vhost-user-fs-pci,chardev=$name,tag=$name")
   done

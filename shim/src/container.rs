@@ -199,6 +199,8 @@ pub struct Container {
     anchor: Mutex<Option<Anchor>>,
     _names: Option<Names>,
     execs: Mutex<HashMap<String, Arc<Process>>>,
+    /// Ids of deleted exec processes that the guest has still to forget; each receiver is told when it has.
+    forgetting: Mutex<HashMap<String, watch::Receiver<()>>>,
 }
 
 impl Container {
@@ -222,6 +224,28 @@ impl Container {
             anchor: Mutex::new(Some(anchor)),
             _names: names,
             execs: Mutex::default(),
+            forgetting: Mutex::default(),
+        }
+    }
+
+    /// Has the guest forget a deleted exec process by `work`, which nobody needs to wait for but its namesake.
+    pub fn forget_exec(self: &Arc<Self>, exec_id: &str, work: impl Future<Output = ()> + Send + 'static) {
+        let (container, id) = (self.clone(), exec_id.to_owned());
+        let (done, told) = watch::channel(());
+        lock(&self.forgetting).insert(id.clone(), told);
+        tokio::spawn(async move {
+            work.await;
+            lock(&container.forgetting).remove(&id);
+            drop(done);
+        });
+    }
+
+    /// Waits until the guest has forgotten an earlier exec process with this id.
+    pub async fn forgotten(&self, exec_id: &str) {
+        let told = lock(&self.forgetting).get(exec_id).cloned();
+        if let Some(mut told) = told {
+            // It says nothing but that its sender is gone.
+            drop(told.changed().await);
         }
     }
 

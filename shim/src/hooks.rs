@@ -202,7 +202,13 @@ mod tests {
     use super::*;
 
     fn context() -> Context {
-        Context { id: "c1".into(), bundle: "/b/c1".into(), pid: 42, annotations: [("a".into(), "b".into())].into(), hold: None }
+        Context {
+            id: "c1".into(),
+            bundle: "/b/c1".into(),
+            pid: 42,
+            annotations: [("a".into(), "b".into())].into(),
+            hold: None,
+        }
     }
 
     async fn shell(script: &str, timeout: Option<i64>) -> Result<(), Error> {

@@ -114,10 +114,11 @@ impl Service {
             }
             self.0.publisher.publish("/tasks/delete", Box::new(event));
         } else {
-            if exit.is_some() {
-                create::forget(&self.0, &container, &exec_id).await;
-            }
             process.close().await;
+            if exit.is_some() {
+                let (sandbox, of, id) = (self.0.clone(), container.clone(), exec_id.clone());
+                container.forget_exec(&exec_id, async move { create::forget(&sandbox, &of, &id).await });
+            }
             container.remove_exec(&exec_id);
         }
         let mut response = DeleteResponse::new();
@@ -231,6 +232,7 @@ impl Task for Service {
                 stderr: request.stderr,
                 terminal: request.terminal,
             };
+            container.forgotten(&request.exec_id).await;
             container.add_exec(Process::new(&request.exec_id, stdio, Some(spec)))?;
             let mut event = TaskExecAdded::new();
             event.set_container_id(request.id);

@@ -1,4 +1,5 @@
-//! What stands between the guest and virtiofsd: names are checked, opened files get their caching options.
+//! What stands between the guest and virtiofsd: names are checked, opened files get their caching options, and what the
+//! guest may remember of names is said.
 //!
 //! FUSE names one component at a time, and a directory is an inode number. A kernel never sends a name that is empty,
 //! `.`, `..` or has a slash; a guest that writes its own requests does, and `../x` then means a file of the host.
@@ -28,6 +29,7 @@ pub struct Guarded<F>(Arc<Behind<F>>);
 struct Behind<F> {
     fs: F,
     opened: Opened,
+    absent: Duration,
 }
 
 impl<F> Clone for Guarded<F> {
@@ -37,9 +39,9 @@ impl<F> Clone for Guarded<F> {
 }
 
 impl<F> Guarded<F> {
-    /// Puts `fs` behind the guard.
-    pub fn new(fs: F) -> Self {
-        Self(Arc::new(Behind { fs, opened: Opened::default() }))
+    /// Puts `fs` behind the guard. For `absent` the guest believes that a name is not there.
+    pub fn new(fs: F, absent: Duration) -> Self {
+        Self(Arc::new(Behind { fs, opened: Opened::default(), absent }))
     }
 }
 
@@ -67,7 +69,8 @@ impl<F: FileSystem> FileSystem for Guarded<F> {
     type DirIter = F::DirIter;
 
     fn init(&self, capable: FsOptions) -> io::Result<FsOptions> {
-        self.0.fs.init(capable)
+        // An inode's link text never changes: another text is another inode.
+        Ok(self.0.fs.init(capable)? | FsOptions::CACHE_SYMLINKS)
     }
 
     fn destroy(&self) {
@@ -77,7 +80,17 @@ impl<F: FileSystem> FileSystem for Guarded<F> {
 
     fn lookup(&self, ctx: Context, parent: Self::Inode, name: &CStr) -> io::Result<Entry> {
         component(name)?;
-        self.0.fs.lookup(ctx, parent, name)
+        match self.0.fs.lookup(ctx, parent, name) {
+            // No inode is a name that is not there, and may be remembered for a while.
+            Err(e) if e.raw_os_error() == Some(libc::ENOENT) && !self.0.absent.is_zero() => Ok(Entry {
+                inode: 0,
+                generation: 0,
+                attr: Attr::default(),
+                attr_timeout: Duration::ZERO,
+                entry_timeout: self.0.absent,
+            }),
+            other => other,
+        }
     }
 
     fn forget(&self, ctx: Context, inode: Self::Inode, count: u64) {

@@ -67,7 +67,8 @@ pub struct Config {
     pub request_queues: u16,
     /// `/proc/self/fd` of this process, where the root has no `/proc`.
     pub proc_self_fd: Option<File>,
-    /// How long the guest believes names and attributes.
+    /// How long the guest believes names and attributes, and that a name is not there: a program's start asks for dozens of
+    /// those, the same ones again and again (`PATH`, the dynamic linker's directories).
     pub cache: Duration,
     /// Most descriptors that the guest's inodes and open files may take.
     pub fd_limit: u64,
@@ -123,7 +124,7 @@ impl Fs {
             ..passthrough::Config::default()
         })
         .map_err(ConfigError::Share)?;
-        let fs = Guarded::new(fs);
+        let fs = Guarded::new(fs, cache);
         let server: Arc<dyn Serve> = Arc::new(Share { server: Server::new(fs.clone()), fs });
         let space: Arc<[u8]> = space.into();
         let queues = (0..=request_queues)

@@ -53,6 +53,10 @@ impl Guest {
 
     /// Two that share a device, with a request queue each.
     fn pair() -> (Self, Self) {
+        Self::pair_that_believes(Duration::ZERO)
+    }
+
+    fn pair_that_believes(cache: Duration) -> (Self, Self) {
         let dir = tempfile::tempdir().unwrap();
         let root = dir.path().join("share");
         fs::create_dir_all(root.join("dir")).unwrap();
@@ -63,7 +67,7 @@ impl Guest {
             tag: "vz".into(),
             request_queues: 2,
             proc_self_fd: None,
-            cache: Duration::ZERO,
+            cache,
             fd_limit: 1000,
         });
         let mut queues = device.unwrap().split();
@@ -193,6 +197,21 @@ fn names_that_lead_out_are_refused_in_every_request_that_has_one() {
     outside.sort();
     assert_eq!(outside, ["secret", "share"]);
     assert_eq!(fs::read_dir(guest.share()).unwrap().count(), 2);
+}
+
+#[test]
+fn what_is_not_there_may_be_remembered_for_a_while_only() {
+    let mut guest = Guest::pair_that_believes(Duration::from_millis(100)).0;
+    assert_eq!(guest.ask(LOOKUP, ROOT, &names(&[], &["absent"])), 0);
+    // struct fuse_entry_out: nodeid, generation, entry_valid, attr_valid (seconds), then the nanoseconds of both.
+    let field = |at| guest.memory.read_obj::<u64>(GuestAddress(REPLY + 16 + at)).unwrap();
+    assert_eq!((field(0), field(16), field(24)), (0, 0, 0));
+    assert_eq!(guest.memory.read_obj::<u32>(GuestAddress(REPLY + 16 + 32)).unwrap(), 100_000_000);
+    // Asked again, it is looked up again.
+    fs::write(guest.share().join("absent"), "").unwrap();
+    assert_ne!(guest.lookup("absent"), 0);
+    let mut guest = Guest::new();
+    assert_eq!(guest.ask(LOOKUP, ROOT, &names(&[], &["absent"])), libc::ENOENT);
 }
 
 #[test]

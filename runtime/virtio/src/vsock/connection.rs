@@ -82,6 +82,8 @@ pub(super) struct Connection {
     advertised: Wrapping<u32>,
     writable: bool,
     guest_done: bool,
+    /// The host has been told that the guest is done.
+    ended: bool,
     host_deaf: bool,
 
     // Host to guest.
@@ -126,6 +128,7 @@ impl Connection {
             advertised: Wrapping(0),
             writable: true,
             guest_done: false,
+            ended: false,
             host_deaf: false,
             sent: Wrapping(0),
             guest_buffer: 0,
@@ -297,8 +300,11 @@ impl Connection {
     fn finish_writing(&mut self) {
         if self.guest_done
             && self.pending.is_empty()
+            && !self.ended
             && let Some(stream) = &self.stream
         {
+            // Once: each shutdown wakes our own poll.
+            self.ended = true;
             // Fails only where there is no other end.
             let _ = stream.shutdown(Shutdown::Write);
         }

@@ -373,6 +373,20 @@ fn the_guests_half_close_leaves_the_other_half() {
 }
 
 #[test]
+fn a_half_closed_connection_rests() {
+    for flags in [SHUTDOWN_SEND, SHUTDOWN_RCV] {
+        let mut guest = Guest::new();
+        let mut stream = guest.connect(5000);
+        guest.send(shutdown(5000, flags), &[]);
+        guest.run();
+        // Nobody has anything to say, and the thread that waits here must not be woken by its own doing.
+        let mut events = [EpollEvent::empty()];
+        assert_eq!(guest.device.epoll.wait(&mut events, EpollTimeout::ZERO).unwrap(), 0, "{events:?}");
+        drop(read_now(&mut stream));
+    }
+}
+
+#[test]
 fn a_host_that_closes_after_writing_gets_all_of_it_through() {
     let mut guest = Guest::new();
     let mut stream = guest.connect(5000);
