@@ -2,23 +2,26 @@
 
 SUITE_FILTER ?=
 
-.PHONY: fuzz test-unit test-integration test-runc test-kvm test-kvm-core
+.PHONY: fuzz hostile test-unit test-integration test-runc test-kvm test-kvm-core
 
 test-unit: ## Unit tests of all crates
 	@$(CARGO) test --locked -q --workspace --exclude vz-suite
 
-test-integration: build bundle ## Integration tests: real containerd, real guests; needs root (SUITE_FILTER='events:: crash::' runs some)
+test-integration: build bundle hostile ## Integration tests: real containerd, real guests; needs root (SUITE_FILTER='events:: crash::' runs some)
 	@$(CARGO) test --locked -q -p vz-suite --lib
 	@$(CARGO) test --locked -q -p vz-suite --test suite -- $(SUITE_FILTER)
 
 test-runc: ## The same tests against runc, which tells a wrong test from a wrong shim
 	@VZ_TEST_RUNTIME=io.containerd.runc.v2 $(CARGO) test --locked -q -p vz-suite --test suite -- $(SUITE_FILTER)
 
-test-kvm: build bundle ## The same tests on the KVM machine, in a host VM whose KVM works (SUITE_FILTER as above; all: over an hour)
+test-kvm: build bundle hostile ## The same tests on the KVM machine, in a host VM whose KVM works (SUITE_FILTER as above; all: over an hour)
 	@integration/suite-kvm $(SUITE_FILTER)
 
-test-kvm-core: build bundle ## Of these the core that CI runs; says which tests are left out
+test-kvm-core: build bundle hostile ## Of these the core that CI runs; says which tests are left out
 	@integration/suite-kvm core
+
+hostile: bundle ## Make out/hostile, a bundle whose init lies to the host, for the tests
+	@mk/bundle/hostile
 
 fuzz: ## Fuzz everything that parses what a guest says (FUZZ_SECONDS=60 for each target, FUZZ_TARGETS='net blk' for some)
 	@mk/fuzz $(FUZZ_TARGETS)

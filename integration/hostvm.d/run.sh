@@ -56,6 +56,8 @@ inside() { # inside SCRIPT ARG...
   ("${command[@]}" >"$work/qemu.log" 2>&1 </dev/null || true; printf '\ngone\n' >&"$status") 2>/dev/null &
   qemu=$!
 
+  # Where it counts instructions, its seconds are ten of ours or more.
+  [[ -z $instructions ]] || silence=1800
   until=$((SECONDS + boot_limit)) reason="did not come up within $boot_limit s"
   while :; do
     now=$SECONDS wait=$((until < limit ? until - now : limit - now))

@@ -477,12 +477,12 @@ fn guest_root_reaches_no_port_but_its_own(lab: &Lab) -> Verdict {
     Ok(())
 }
 
-fn rss_kib(pid: i32) -> u64 {
+pub fn rss_kib(pid: i32) -> u64 {
     status(format!("/proc/{pid}"))["VmRSS"].trim_end_matches(" kB").parse().unwrap()
 }
 
 /// Memory of a process that is its own: of the guest's, which the vmm maps, as much is resident as the guest has touched.
-fn private_kib(pid: i32) -> u64 {
+pub fn private_kib(pid: i32) -> u64 {
     status(format!("/proc/{pid}"))["RssAnon"].trim_end_matches(" kB").parse().unwrap()
 }
 

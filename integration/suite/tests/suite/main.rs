@@ -11,6 +11,7 @@ mod escape;
 mod events;
 mod exec;
 mod files;
+mod hostile;
 mod lifecycle;
 mod linux;
 mod machine;
@@ -35,6 +36,7 @@ fn main() -> ExitCode {
         events::TESTS,
         errors::TESTS,
         escape::TESTS,
+        hostile::TESTS,
         cli::TESTS,
         machine::TESTS,
         crash::TESTS,

@@ -1,0 +1,281 @@
+//! An init that takes the guest agent's place and lies to the host. What it does is named on the kernel's command line:
+//!
+//! - `vz.hostile=NAME` one of the functions in [`SCENES`]
+//! - `vz.version=VERSION` what it says of its version
+//! - `vz.victim=ID` somebody else's container
+//!
+//! It speaks ttrpc by hand, to be able to say what no library would.
+
+use std::{
+    fs::{self, File},
+    io::{self, Read, Write},
+    os::fd::{AsRawFd, OwnedFd},
+    process::ExitCode,
+    sync::{Arc, Mutex, PoisonError},
+    thread,
+};
+
+use nix::{
+    mount::{MsFlags, mount},
+    sys::socket::{AddressFamily, Backlog, SockFlag, SockType, VsockAddr, bind, connect, listen, socket},
+};
+use protobuf::Message;
+use ttrpc::proto::{Request, Response};
+use vz_proto::{
+    CONTROL_PORT, CreateContainerResponse, Event, Hello, LOG_PORT, LogRecord, OutOfMemory, ProcessExit, ProcessRequest,
+    STREAM_PORT, SignalProcessRequest, WaitProcessResponse, event,
+};
+
+/// `VMADDR_CID_HOST` and `VMADDR_CID_ANY`.
+const HOST: u32 = 2;
+const ANY: u32 = u32::MAX;
+/// ttrpc's message types, and the flag of an answer that is the last of its stream.
+const RESPONSE: u8 = 2;
+const DATA: u8 = 3;
+/// Events of one flood.
+const LIES: u32 = 20_000;
+
+type Scene = fn(&Lies) -> io::Result<()>;
+
+const SCENES: [(&str, Scene); 7] = [
+    ("giant-hello", giant_hello),
+    ("silence", silence),
+    ("other-version", other_version),
+    ("giant-answer", giant_answer),
+    ("garbage-answer", garbage_answer),
+    ("forged-events", forged_events),
+    ("floods", floods),
+];
+
+/// What the command line says.
+struct Lies {
+    version: String,
+    victim: String,
+}
+
+fn main() -> ExitCode {
+    if let Err(e) = run() {
+        // The kernel's console, which the host shows when the VM ends.
+        eprintln!("hostile: {e}");
+    }
+    // An init that ends is a panic: not what is to be tested.
+    loop {
+        thread::park();
+    }
+}
+
+fn run() -> io::Result<()> {
+    mount(Some("proc"), "/proc", Some("proc"), MsFlags::empty(), None::<&str>)?;
+    let line = fs::read_to_string("/proc/cmdline")?;
+    let value =
+        |key: &str| line.split_whitespace().find_map(|word| word.strip_prefix(key)).unwrap_or_default().to_owned();
+    let (name, lies) = (value("vz.hostile="), Lies { version: value("vz.version="), victim: value("vz.victim=") });
+    let scene = SCENES.iter().find(|(known, _)| *known == name);
+    let (_, scene) = scene.ok_or_else(|| io::Error::other(format!("no scene {name:?}")))?;
+    scene(&lies)
+}
+
+/// A connection to a port of the host.
+fn dial(port: u32) -> io::Result<File> {
+    let fd = socket(AddressFamily::Vsock, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    connect(fd.as_raw_fd(), &VsockAddr::new(HOST, port))?;
+    Ok(File::from(fd))
+}
+
+/// Streams that the host has opened; they stay until they are dropped here.
+type Streams = Arc<Mutex<Vec<OwnedFd>>>;
+
+/// Takes every stream that the host opens.
+fn streams() -> io::Result<Streams> {
+    let listener = socket(AddressFamily::Vsock, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    bind(listener.as_raw_fd(), &VsockAddr::new(ANY, STREAM_PORT))?;
+    listen(&listener, Backlog::new(16)?)?;
+    let streams = Streams::default();
+    let held = Arc::clone(&streams);
+    thread::spawn(move || {
+        while let Ok(fd) = vz_sys::socket::accept(&listener) {
+            held.lock().unwrap_or_else(PoisonError::into_inner).push(fd);
+        }
+    });
+    Ok(streams)
+}
+
+/// A frame of the control and log connections.
+fn frame(to: &mut File, message: &impl Message) -> io::Result<()> {
+    let body = message.write_to_bytes()?;
+    let mut bytes = u32::try_from(body.len()).map_err(io::Error::other)?.to_be_bytes().to_vec();
+    bytes.extend(body);
+    to.write_all(&bytes)
+}
+
+/// The control connection, after an honest hello.
+fn control(lies: &Lies) -> io::Result<File> {
+    let mut control = dial(CONTROL_PORT)?;
+    frame(&mut control, &Hello { agent_version: lies.version.clone(), ..Default::default() })?;
+    let mut length = [0; 4];
+    control.read_exact(&mut length)?;
+    let mut welcome = vec![0; usize::try_from(u32::from_be_bytes(length)).map_err(io::Error::other)?];
+    control.read_exact(&mut welcome)?;
+    Ok(control)
+}
+
+/// A message of ttrpc: length, stream, type and flags, then the payload.
+fn message(stream: u32, kind: u8, payload: &[u8]) -> io::Result<Vec<u8>> {
+    let mut bytes = u32::try_from(payload.len()).map_err(io::Error::other)?.to_be_bytes().to_vec();
+    bytes.extend(stream.to_be_bytes());
+    bytes.extend([kind, 0]);
+    bytes.extend(payload);
+    Ok(bytes)
+}
+
+/// The next request of the host: its stream, its method, its payload.
+fn request(control: &mut File) -> io::Result<(u32, String, Vec<u8>)> {
+    loop {
+        let mut header = [0; 10];
+        control.read_exact(&mut header)?;
+        let field = |at: usize| u32::from_be_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]);
+        let mut body = vec![0; usize::try_from(field(0)).map_err(io::Error::other)?];
+        control.read_exact(&mut body)?;
+        if let Ok(request) = Request::parse_from_bytes(&body)
+            && !request.method.is_empty()
+        {
+            return Ok((field(4), request.method, request.payload));
+        }
+    }
+}
+
+fn answer(control: &mut File, stream: u32, payload: &impl Message) -> io::Result<()> {
+    let response = Response { payload: payload.write_to_bytes()?, ..Default::default() };
+    control.write_all(&message(stream, RESPONSE, &response.write_to_bytes()?)?)
+}
+
+// --- Scenes ----------------------------------------------------------------------------------------------------------
+
+/// A hello of almost 4 GiB.
+fn giant_hello(_: &Lies) -> io::Result<()> {
+    let mut control = dial(CONTROL_PORT)?;
+    control.write_all(&[0xff; 4])?;
+    loop {
+        control.write_all(&[0; 65536])?;
+    }
+}
+
+/// A connection, and no word.
+fn silence(_: &Lies) -> io::Result<()> {
+    let _control = dial(CONTROL_PORT)?;
+    loop {
+        thread::park();
+    }
+}
+
+/// The agent of another bundle.
+fn other_version(_: &Lies) -> io::Result<()> {
+    control(&Lies { version: "0.0.0-forged".into(), victim: String::new() }).map(drop)
+}
+
+/// An answer of 2 GiB.
+fn giant_answer(lies: &Lies) -> io::Result<()> {
+    let _streams = streams()?;
+    let mut control = control(lies)?;
+    loop {
+        let (stream, method, _) = request(&mut control)?;
+        if method == "CreateContainer" {
+            let mut header = message(stream, RESPONSE, &[])?;
+            header[0] = 0x7f;
+            control.write_all(&header)?;
+            loop {
+                control.write_all(&[0; 65536])?;
+            }
+        }
+    }
+}
+
+/// Answers to what nobody asked, of types that do not exist, and one that is no protobuf.
+fn garbage_answer(lies: &Lies) -> io::Result<()> {
+    let _streams = streams()?;
+    let mut control = control(lies)?;
+    loop {
+        let (stream, method, _) = request(&mut control)?;
+        for kind in [RESPONSE, DATA, 0, 7, 255] {
+            for of in [0, 2, stream + 1, stream + 1000, u32::MAX] {
+                control.write_all(&message(of, kind, &[0xff; 100])?)?;
+            }
+        }
+        if method == "CreateContainer" {
+            control.write_all(&message(stream, RESPONSE, &[0xff; 100])?)?;
+        }
+    }
+}
+
+/// Every request is answered well, and the events are about other people's processes; the own one's end is told when it
+/// is killed, with more bits than a status has.
+fn forged_events(lies: &Lies) -> io::Result<()> {
+    let streams = streams()?;
+    let mut control = control(lies)?;
+    let (mut events, mut created) = (None, String::new());
+    loop {
+        let (stream, method, payload) = request(&mut control)?;
+        match method.as_str() {
+            "Events" => {
+                events = Some(stream);
+                for number in 0..LIES {
+                    let id = match number % 4 {
+                        0 => lies.victim.clone(),
+                        1 => "../../../etc/passwd".into(),
+                        2 => "x".repeat(30_000),
+                        _ => String::new(),
+                    };
+                    let kind = match number % 8 {
+                        0..4 => {
+                            event::Kind::Exit(ProcessExit { container_id: id, status: number, ..Default::default() })
+                        }
+                        _ => event::Kind::Oom(OutOfMemory { container_id: id, ..Default::default() }),
+                    };
+                    let event = Event { kind: Some(kind), ..Default::default() };
+                    control.write_all(&message(stream, DATA, &event.write_to_bytes()?)?)?;
+                }
+            }
+            "CreateContainer" => {
+                created = ProcessRequest::parse_from_bytes(&payload).map(|r| r.container_id).unwrap_or_default();
+                answer(&mut control, stream, &CreateContainerResponse { pid: u32::MAX, ..Default::default() })?;
+            }
+            "SignalProcess" => {
+                let asked = SignalProcessRequest::parse_from_bytes(&payload)?;
+                answer(&mut control, stream, &Response::default())?;
+                streams.lock().unwrap_or_else(PoisonError::into_inner).clear();
+                let exit = ProcessExit {
+                    container_id: created.clone(),
+                    status: 0xabcd_ef00 | (128 + asked.signal),
+                    ..Default::default()
+                };
+                let event = Event { kind: Some(event::Kind::Exit(exit)), ..Default::default() };
+                let stream = events.ok_or_else(|| io::Error::other("nobody asked for events"))?;
+                control.write_all(&message(stream, DATA, &event.write_to_bytes()?)?)?;
+            }
+            "DeleteProcess" => answer(&mut control, stream, &WaitProcessResponse::default())?,
+            _ => answer(&mut control, stream, &Response::default())?,
+        }
+    }
+}
+
+/// Log records without end on as many connections as it gets, and connections to every port.
+fn floods(lies: &Lies) -> io::Result<()> {
+    for _ in 0..4 {
+        thread::spawn(|| -> io::Result<()> {
+            let record = LogRecord { level: "error".into(), message: "flood ".repeat(9000), ..Default::default() };
+            loop {
+                let mut log = dial(LOG_PORT)?;
+                while frame(&mut log, &record).is_ok() {}
+            }
+        });
+    }
+    thread::spawn(|| {
+        let mut held = Vec::new();
+        for port in (0..u32::MAX).step_by(7) {
+            held.extend(dial(port).ok().filter(|_| held.len() < 10_000));
+            held.extend(dial(CONTROL_PORT).ok());
+            held.truncate(10_000);
+        }
+    });
+    forged_events(lies)
+}
