@@ -1,6 +1,9 @@
 //! What goes wrong with networks: hooks, plugins, namespaces and links. Each is said, and nothing is left.
 
-use std::{fs, thread, time::Duration};
+use std::{
+    fs, thread,
+    time::{Duration, Instant},
+};
 
 use serde_json::{Value, json};
 use vz_suite::{
@@ -24,6 +27,7 @@ tests![
     links_that_cannot_be_connected_are_named,
     the_shim_is_killed_while_it_connects,
     the_vmm_is_killed_while_it_connects,
+    many_sandboxes_come_and_go,
 ];
 
 /// A container of `ctr run --config`, which lets a test write the spec.
@@ -322,4 +326,30 @@ fn the_shim_is_killed_while_it_connects(lab: &Lab) -> Verdict {
 
 fn the_vmm_is_killed_while_it_connects(lab: &Lab) -> Verdict {
     killed_while_connecting(lab, Role::Vmm)
+}
+
+/// With `VZ_TEST_SOAK=1` a hundred: nothing is left of any, and the last takes no longer than the first.
+fn many_sandboxes_come_and_go(lab: &Lab) -> Verdict {
+    let times = lab.times(5, 100);
+    let took: Vec<Duration> = (0..times)
+        .map(|_| {
+            let begun = Instant::now();
+            let name = lab.id("many");
+            let args = ["run", "--rm", "--name", &name, "--runtime", lab.runtime(), BUSYBOX, "ip", "route"];
+            let said = lab.nerdctl(&args).run().ok();
+            assert!(said.contains("default via"), "{said}");
+            begun.elapsed()
+        })
+        .collect();
+    let median = |part: &[Duration]| {
+        let mut part = part.to_vec();
+        part.sort();
+        part[part.len() / 2]
+    };
+    let part = times.div_ceil(5);
+    let (first, last) = (median(&took[..part]), median(&took[times - part..]));
+    println!("  {times} sandboxes: {} ms at first, {} ms at last", first.as_millis(), last.as_millis());
+    // Whatever else the host does meanwhile: a leak that slows things down would do more than that.
+    assert!(times < 50 || last < first * 2, "{took:?}");
+    Ok(())
 }
