@@ -301,7 +301,7 @@ impl Sandbox {
                     Err(_) => self.complain("guest opens too many log connections"),
                 },
                 Notice::Accepted { port, .. } => self.complain(&format!("guest connected to unknown port {port}")),
-                Notice::Ended(ended) => self.ended(ended.as_ref()),
+                Notice::Ended(ended) => self.ended(ended),
             }
         }
     }
@@ -403,16 +403,18 @@ impl Sandbox {
     }
 
     /// The VM has ended, and with it every process.
-    fn ended(self: &Arc<Self>, ended: Option<&Ended>) {
-        let why = match ended {
-            None => "the vmm process died; the host's log says why (out of memory, killed)".to_owned(),
-            Some(ended) if ended.console.is_empty() => ended.message.clone(),
-            Some(ended) => format!("{}; guest console: {}", ended.message, ended.console.trim()),
+    fn ended(self: &Arc<Self>, ended: Result<Ended, String>) {
+        let why = match &ended {
+            Err(died) => died.clone(),
+            Ok(ended) if ended.console.is_empty() => ended.message.clone(),
+            Ok(ended) => format!("{}; guest console: {}", ended.message, ended.console.trim()),
         };
-        if let Some(ended) = ended.filter(|ended| ended.cause == Cause::Kvm) {
+        if let Ok(ended) = &ended
+            && ended.cause == Cause::Kvm
+        {
             Host::this().mark_unusable(&ended.message);
         }
-        match ended.map(|ended| ended.cause) {
+        match ended.ok().map(|ended| ended.cause) {
             _ if self.ending.load(Ordering::Relaxed) => tracing::debug!("vm has ended"),
             Some(Cause::Killed) => tracing::info!(why, "vm has ended"),
             // Nobody here asked for it, and its containers are gone.

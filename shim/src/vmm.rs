@@ -14,9 +14,13 @@ use std::{
         Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
+    time::Duration,
 };
 
-use nix::{sched::CloneFlags, sys::signal::Signal};
+use nix::{
+    sched::CloneFlags,
+    sys::{signal::Signal, wait::WaitStatus},
+};
 use tokio::{
     io::unix::AsyncFd,
     net::UnixStream,
@@ -58,6 +62,9 @@ pub enum Error {
     Connection(#[source] io::Error),
 }
 
+/// How long the vmm's process may take to be gone after its channel.
+const DEATH_DEADLINE: Duration = Duration::from_secs(5);
+
 /// What the sandbox is told.
 #[derive(Debug)]
 pub enum Notice {
@@ -75,8 +82,8 @@ pub enum Notice {
         /// The connection.
         stream: UnixStream,
     },
-    /// The VM has ended; the last one.
-    Ended(Option<Ended>),
+    /// The VM has ended; the last one. Where the vmm did not say why, how its process ended.
+    Ended(Result<Ended, String>),
 }
 
 /// A started vmm process, before there is a runtime to listen to it.
@@ -217,8 +224,34 @@ impl Vmm {
             }
         };
         self.dials().clear();
+        let ended = match ended {
+            Some(ended) => Ok(ended),
+            None => Err(self.died().await),
+        };
         // Nobody listens any more only where the sandbox is being taken down.
         drop(notices.send(Notice::Ended(ended)).await);
+    }
+
+    /// How the process ended that has closed its channel without a word.
+    async fn died(&self) -> String {
+        // The channel closes a moment before the process is gone.
+        let gone = tokio::time::timeout(DEATH_DEADLINE, self.process.readable()).await;
+        if let Ok(Ok(mut ready)) = gone {
+            ready.retain_ready();
+        }
+        match self.process.get_ref().try_wait() {
+            Ok(WaitStatus::Signaled(_, Signal::SIGSYS, _)) => {
+                "the vmm process was killed for a system call that its filter denies: if no guest has taken it over, this is a \
+                 defect; denied_calls = \"report\" in [vmm] logs which call it is"
+                    .into()
+            }
+            Ok(WaitStatus::Signaled(_, Signal::SIGKILL, _)) => {
+                "the vmm process was killed (SIGKILL), by hand or for want of memory: the host's log says which".into()
+            }
+            Ok(WaitStatus::Signaled(_, signal, _)) => format!("the vmm process died of {signal}"),
+            Ok(WaitStatus::Exited(_, code)) => format!("the vmm process ended with exit code {code}; the log has its last words"),
+            Ok(_) | Err(_) => "the vmm process died".into(),
+        }
     }
 
     async fn receive(&self) -> io::Result<Option<(Event, Vec<OwnedFd>)>> {
@@ -250,7 +283,7 @@ impl Vmm {
                 }
                 None => None,
             },
-            Event::Ended(ended) => Some(Notice::Ended(Some(ended))),
+            Event::Ended(ended) => Some(Notice::Ended(Ok(ended))),
         }
     }
 

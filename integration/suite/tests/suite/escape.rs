@@ -262,6 +262,7 @@ fn a_vmm_thread_that_is_taken_over_dies_of_what_it_tries(lab: &Lab) -> Verdict {
         ("", "fork", libc::SYS_fork, &[]),
     ] {
         let task = idle(lab, "dies");
+        let mark = lab.log_position();
         let vmm = await_process(&task.id, Role::Vmm).pid;
         let found =
             threads(vmm).into_iter().find(|(tid, name)| if thread.is_empty() { *tid == vmm } else { name == thread });
@@ -272,6 +273,9 @@ fn a_vmm_thread_that_is_taken_over_dies_of_what_it_tries(lab: &Lab) -> Verdict {
         };
         assert_eq!(call(tid, number, args), Outcome::Killed(Signal::SIGSYS), "{what} by thread {thread:?}");
         task.wait().exits(137);
+        // Which call it was is the debug mode's to say; that it was one, the log says.
+        let log = lab.log_since(mark);
+        assert!(log.contains("system call that its filter denies"), "{log}");
     }
     lab.remove_clients_fifos();
     Ok(())
