@@ -75,6 +75,14 @@ pub enum EnsureError {
         /// What it is.
         found: String,
     },
+    /// It is for another processor.
+    #[error("guest bundle {dir} is for {found}, this machine is {wanted}; install the bundle for it", dir = dir.display(), wanted = std::env::consts::ARCH)]
+    Architecture {
+        /// The bundle's directory.
+        dir: PathBuf,
+        /// What it is for.
+        found: String,
+    },
     /// A program in it is of another version.
     #[error("guest bundle {dir} has {program} {found}, this program needs {wanted}; install the bundle that belongs to it", dir = dir.display())]
     Program {
@@ -114,6 +122,9 @@ impl KernelBundle {
             wanted: KernelProfile::default(),
             found: version.profile.clone(),
         })?;
+        if let Some(found) = version.architecture.clone().filter(|found| found != std::env::consts::ARCH) {
+            return Err(EnsureError::Architecture { dir: dir.to_owned(), found });
+        }
         let programs =
             [("agent", AGENT_VERSION, &version.agent_version), ("youki", YOUKI_VERSION, &version.youki_version)];
         for (program, wanted, found) in programs {

@@ -218,6 +218,7 @@ fn mixed_bundles_are_refused_by_name() {
         (refused(|v| v["agent_version"] = "9.9.9".into()), "has agent 9.9.9"),
         (refused(|v| v["youki_version"] = "0.5.0".into()), "has youki 0.5.0"),
         (refused(|v| v["profile"] = "broad".into()), "has profile broad"),
+        (refused(|v| v["architecture"] = "m68k".into()), "is for m68k, this machine is"),
         (refused(|v| v["schema"] = 7.into()), "schema 7"),
         (refused(|v| v["artifacts"]["youki"]["sha256"] = digest(b"other").into()), "youki does not match"),
         (refused(|v| drop(v["artifacts"].as_object_mut().unwrap().remove("youki"))), "no checksum for youki"),
