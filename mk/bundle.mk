@@ -22,9 +22,9 @@ for_guest := ARCH='$(guest_arch)'
 
 # What each profile is. Another profile is other kernel fragments and two lines here.
 security_profile_container := constrained
-bundle_dir_container := $(OUT)/container
+bundle_dir_container = $(OUT)/container
 security_profile_developer := broad
-bundle_dir_developer := $(OUT)
+bundle_dir_developer = $(OUT)
 security_profile = $(or $(security_profile_$(KERNEL_PROFILE)),$(error KERNEL_PROFILE=$(KERNEL_PROFILE) does not exist: there are container and developer))
 bundle_dir = $(bundle_dir_$(KERNEL_PROFILE))
 
