@@ -28,13 +28,21 @@ bundle_dir_developer = $(OUT)
 security_profile = $(or $(security_profile_$(KERNEL_PROFILE)),$(error KERNEL_PROFILE=$(KERNEL_PROFILE) does not exist: there are container and developer))
 bundle_dir = $(bundle_dir_$(KERNEL_PROFILE))
 
-.PHONY: bundle check-bundle kernel check-kernel agent youki
+.PHONY: bundle check-bundle kernel check-kernel agent youki payload check-payload
 
 bundle: ## Build a guest bundle: kernel, initramfs, youki, version.json; KERNEL_PROFILE=container or developer (cold: about 15 min)
 	@$(for_guest) $(bundle_scripts)/make '$(KERNEL_PROFILE)' '$(security_profile)' '$(bundle_dir)' '$(YOUKI_VERSION)' '$(AGENT)'
 
 check-bundle: bundle ## Check the built bundle: checksums, PVH note, static programs, reproducible initramfs, bill of materials
 	@$(bundle_scripts)/check '$(bundle_dir)'
+
+# Always the container's, and this machine's.
+payload: ## Make what the release's programs and the crate vz-kernel have in them: the container's bundle, compressed
+	@$(MAKE) --no-print-directory bundle KERNEL_PROFILE=container OUT=$(OUT)
+	@$(bundle_scripts)/payload '$(OUT)/container' '$(bundle_root)/runtime/payload/$(subst _,-,$(host_arch))/payload'
+
+check-payload: payload ## Check it: the same files again, installed by many processes, and as a package below 10 MiB
+	@$(bundle_scripts)/check-payload
 
 kernel: ## Build the guest kernel into the cache and print where it is
 	@: '$(security_profile)'
