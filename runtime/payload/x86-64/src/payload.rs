@@ -23,7 +23,7 @@ pub const NOTICE: &str = include_str!("../payload/NOTICE");
 /// The same for BusyBox.
 pub const NOTICE_BUSYBOX: &str = include_str!("../payload/NOTICE.busybox");
 
-/// One compressed part.
+/// One compressed part of the bundle.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Part {
     /// [`KERNEL_BYTES`].
@@ -34,15 +34,13 @@ pub enum Part {
     Agent,
     /// [`YOUKI_BYTES`].
     Youki,
-    /// [`BUSYBOX_BYTES`].
-    Busybox,
     /// [`SBOM_BYTES`].
     Sbom,
 }
 
 impl Part {
     /// All of them.
-    pub const ALL: [Self; 6] = [Self::Kernel, Self::Initramfs, Self::Agent, Self::Youki, Self::Busybox, Self::Sbom];
+    pub const ALL: [Self; 5] = [Self::Kernel, Self::Initramfs, Self::Agent, Self::Youki, Self::Sbom];
 
     /// Its name in a bundle's directory; none for what is not a file of a bundle.
     pub fn file(self) -> Option<&'static str> {
@@ -51,7 +49,7 @@ impl Part {
             Self::Initramfs => Some("initramfs.img"),
             Self::Youki => Some("youki"),
             Self::Sbom => Some("sbom.cdx.json"),
-            Self::Agent | Self::Busybox => None,
+            Self::Agent => None,
         }
     }
 
@@ -62,7 +60,6 @@ impl Part {
             Self::Initramfs => INITRAMFS_BYTES,
             Self::Agent => AGENT_BYTES,
             Self::Youki => YOUKI_BYTES,
-            Self::Busybox => BUSYBOX_BYTES,
             Self::Sbom => SBOM_BYTES,
         }
     }
@@ -84,6 +81,13 @@ impl Part {
         self.write_to(&mut bytes)?;
         Ok(bytes)
     }
+}
+
+/// BusyBox, decompressed. By itself, so that programs which only want the bundle are not linked with it.
+pub fn busybox() -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    copy(Decoder::with_buffer(BUSYBOX_BYTES)?, &mut bytes)?;
+    Ok(bytes)
 }
 
 fn copy(mut from: impl Read, mut to: &mut dyn Write) -> io::Result<u64> {
@@ -122,7 +126,7 @@ mod tests {
         let (agent, initramfs) = (Part::Agent.decompress().unwrap(), Part::Initramfs.decompress().unwrap());
         let at = initramfs.windows(agent.len()).position(|window| window == agent);
         assert!(at.is_some());
-        assert!(Part::Busybox.decompress().unwrap().starts_with(b"\x7fELF"));
+        assert!(busybox().unwrap().starts_with(b"\x7fELF"));
         assert!(NOTICE_BUSYBOX.contains("GPL-2.0-only"));
     }
 }
