@@ -15,7 +15,9 @@ completions := $(addprefix $(share)/,bash-completion/completions/vz zsh/site-fun
 
 include mk/*.mk
 
-.PHONY: help setup build run test lint fmt install uninstall clean
+embedded := --features containerd-shim-vz-v2/embedded,vz-cli/embedded
+
+.PHONY: help setup build release run test lint fmt install install-bundle uninstall clean
 
 help: ## Show this list
 	@printf 'Usage: make TARGET\n\n'
@@ -26,6 +28,10 @@ setup: ## Install what building and testing need (Debian packages; asks for root
 
 build: ## Build the shim and vz (release) into target/release
 	@$(CARGO) build --release --locked -p containerd-shim-vz-v2 -p vz-cli
+
+# Without it, tests need not wait for the payload and its linking.
+release: payload ## The same with the container's guest bundle in both programs: one file is a complete installation
+	@$(CARGO) build --release --locked -p containerd-shim-vz-v2 -p vz-cli $(embedded)
 
 run: setup build bundle ## From nothing to a container in a microVM: installs, builds, starts the devbox, runs one
 	@mk/run
@@ -38,9 +44,10 @@ lint: ## Check formatting, clippy, shell scripts and dependencies' licences
 fmt: ## Format the code
 	@$(CARGO) fmt --all
 
-install: build bundle ## Install the shim, vz, its man pages and completions, the guest bundle, a configuration; PREFIX=/usr/local
+install: release ## Install the shim and vz, with the guest bundle in them, man pages, completions, a configuration; PREFIX=/usr/local
 	install -D -m 755 -t $(DESTDIR)$(PREFIX)/bin $(PROGRAMS)
-	install -D -m 644 -t $(share)/vz/linux/container out/container/*
+	# Earlier versions kept the bundle there, where it would be found before the new one.
+	rm -rf $(share)/vz/linux/container
 	target/release/vz man $(share)/man/man1
 	mkdir -p $(dir $(completions))
 	target/release/vz completions bash >$(word 1,$(completions))
@@ -48,10 +55,16 @@ install: build bundle ## Install the shim, vz, its man pages and completions, th
 	target/release/vz completions fish >$(word 3,$(completions))
 	[ -e $(DESTDIR)/etc/vz/config.toml ] || install -D -m 644 config/vz.toml $(DESTDIR)/etc/vz/config.toml
 
-uninstall: ## Remove what install has put there; the configuration stays
+install-bundle: bundle ## Install the guest bundle of KERNEL_PROFILE for everybody, in PREFIX/share/vz/linux
+	install -D -m 644 -t $(share)/vz/linux/$(KERNEL_PROFILE) $$(find $(bundle_dir) -maxdepth 1 -type f)
+	chmod 755 $(share)/vz/linux/$(KERNEL_PROFILE)/youki
+
+uninstall: ## Remove what install and install-bundle have put there; the configuration stays
 	rm -f $(addprefix $(DESTDIR)$(PREFIX)/bin/,$(notdir $(PROGRAMS)))
 	rm -f $(completions) $(share)/man/man1/vz.1 $(share)/man/man1/vz-*.1
 	rm -rf $(share)/vz
+	# What the installed programs have unpacked.
+	[ -n '$(DESTDIR)' ] || rm -rf /var/lib/vz/linux
 
 clean: ## Delete what was built here; caches outside stay
 	rm -rf target out

@@ -1,40 +1,60 @@
-# The guest bundle: out/<profile>/{vmlinux,initramfs.img,youki,version.json}.
+# The guest bundles: {vmlinux,initramfs.img,youki,version.json}, of the profile container in out/container, of developer in out itself.
 #
 # Each part is made by a script that knows whether its result is already there (kernel and youki by the hash of all that decides them, in
 # ~/.cache/vz; the agent by cargo), so the rules below always run them, and a run without changes costs about a second.
 
 KERNEL_PROFILE ?= container
-OUT ?= out
 YOUKI_VERSION ?= 0.7.0
 # A ready-made static /init to pack instead of building vz-agent.
 AGENT ?=
+# Whose processor: x86_64 or arm64, this machine's if not set.
+ARCH ?=
 
 bundle_root := $(patsubst %/,%,$(dir $(lastword $(MAKEFILE_LIST))))/..
 bundle_scripts := $(bundle_root)/mk/bundle
+# Another architecture's bundles are beside those of this machine.
+host_arch := $(subst aarch64,arm64,$(shell uname -m))
+guest_arch := $(subst amd64,x86_64,$(subst aarch64,arm64,$(or $(ARCH),$(host_arch))))
+OUT ?= out$(if $(filter-out $(host_arch),$(guest_arch)),/$(guest_arch))
+# Make would hand it to cargo's builds of the host's programs too.
+unexport ARCH
+for_guest := ARCH='$(guest_arch)'
 
-# What each profile is. Another profile is another kernel fragment and another line here.
+# What each profile is. Another profile is other kernel fragments and two lines here.
 security_profile_container := constrained
-security_profile = $(or $(security_profile_$(KERNEL_PROFILE)),$(error KERNEL_PROFILE=$(KERNEL_PROFILE) cannot be built yet: only KERNEL_PROFILE=container can))
+bundle_dir_container = $(OUT)/container
+security_profile_developer := broad
+bundle_dir_developer = $(OUT)
+security_profile = $(or $(security_profile_$(KERNEL_PROFILE)),$(error KERNEL_PROFILE=$(KERNEL_PROFILE) does not exist: there are container and developer))
+bundle_dir = $(bundle_dir_$(KERNEL_PROFILE))
 
-.PHONY: bundle check-bundle kernel check-kernel agent youki
+.PHONY: bundle check-bundle kernel check-kernel agent youki payload check-payload
 
-bundle: ## Build the guest bundle into out/container: kernel, initramfs, youki, version.json (cold: about 15 min)
-	@$(bundle_scripts)/make '$(KERNEL_PROFILE)' '$(security_profile)' '$(OUT)/$(KERNEL_PROFILE)' '$(YOUKI_VERSION)' '$(AGENT)'
+bundle: ## Build a guest bundle: kernel, initramfs, youki, version.json; KERNEL_PROFILE=container or developer (cold: about 15 min)
+	@$(for_guest) $(bundle_scripts)/make '$(KERNEL_PROFILE)' '$(security_profile)' '$(bundle_dir)' '$(YOUKI_VERSION)' '$(AGENT)'
 
-check-bundle: bundle ## Check the built bundle: checksums, PVH note, static programs, reproducible initramfs
-	@$(bundle_scripts)/check '$(OUT)/$(KERNEL_PROFILE)'
+check-bundle: bundle ## Check the built bundle: checksums, PVH note, static programs, reproducible initramfs, bill of materials
+	@$(bundle_scripts)/check '$(bundle_dir)'
+
+# Always the container's, and this machine's.
+payload: ## Make what the release's programs and the crate vz-kernel have in them: the container's bundle, compressed
+	@$(MAKE) --no-print-directory bundle KERNEL_PROFILE=container OUT=$(OUT)
+	@$(bundle_scripts)/payload '$(OUT)/container' '$(bundle_root)/runtime/payload/$(subst _,-,$(host_arch))/payload'
+
+check-payload: payload ## Check it: the same files again, installed by many processes, and as a package below 10 MiB
+	@$(bundle_scripts)/check-payload
 
 kernel: ## Build the guest kernel into the cache and print where it is
 	@: '$(security_profile)'
-	@$(bundle_root)/kernel/build '$(KERNEL_PROFILE)'
+	@$(for_guest) $(bundle_root)/kernel/build '$(KERNEL_PROFILE)'
 
 check-kernel: ## Check the resolved kernel configuration: what must be in it, what must not
 	@: '$(security_profile)'
-	@entry=$$($(bundle_root)/kernel/build --config '$(KERNEL_PROFILE)') && $(bundle_root)/kernel/check-config '$(KERNEL_PROFILE)' \
-		"$$entry/config" '$(bundle_root)/kernel/vz-linux-$(KERNEL_PROFILE).config' "$$entry/options"
+	@entry=$$($(for_guest) $(bundle_root)/kernel/build --config '$(KERNEL_PROFILE)') && $(bundle_root)/kernel/check-config '$(KERNEL_PROFILE)' \
+		'$(guest_arch)' "$$entry/config" "$$entry/options"
 
 agent: ## Build the static guest agent and print where it is
-	@$(bundle_scripts)/agent
+	@$(for_guest) $(bundle_scripts)/agent
 
 youki: ## Build the static youki program into the cache and print where it is
-	@$(bundle_scripts)/youki '$(YOUKI_VERSION)'
+	@$(for_guest) $(bundle_scripts)/youki '$(YOUKI_VERSION)'

@@ -2,7 +2,7 @@
 
 SUITE_FILTER ?=
 
-.PHONY: fuzz hostile test-unit test-integration test-runc test-kvm test-kvm-core
+.PHONY: fuzz hostile test-unit test-integration test-release test-reproducible test-runc test-kvm test-kvm-core
 
 test-unit: ## Unit tests of all crates
 	@$(CARGO) test --locked -q --workspace --exclude vz-suite
@@ -10,6 +10,12 @@ test-unit: ## Unit tests of all crates
 test-integration: build bundle hostile ## Integration tests: real containerd, real guests; needs root (SUITE_FILTER='events:: crash::' runs some)
 	@$(CARGO) test --locked -q -p vz-suite --lib
 	@$(CARGO) test --locked -q -p vz-suite --test suite -- $(SUITE_FILTER)
+
+test-release: release ## That the release's programs alone are a whole installation: no guest bundle on the machine; needs root
+	@integration/one-file
+
+test-reproducible: bundle ## That building the guest bundle again gives the same bytes; VZ_TEST_KERNEL=1: its kernel and youki too
+	@mk/bundle/reproduce '$(KERNEL_PROFILE)' '$(bundle_dir)'
 
 test-runc: ## The same tests against runc, which tells a wrong test from a wrong shim
 	@VZ_TEST_RUNTIME=io.containerd.runc.v2 $(CARGO) test --locked -q -p vz-suite --test suite -- $(SUITE_FILTER)

@@ -126,7 +126,7 @@ pub fn prepare(
         vz_config::LinuxProfile::Container => KernelProfile::Container,
         vz_config::LinuxProfile::Developer => KernelProfile::Developer,
     };
-    let guest_bundle = vz_linux::locate(config.guest_bundle(), profile)
+    let guest_bundle = vz_linux::find_or_install(config.guest_bundle(), profile)
         .map_err(|e| Error::Message { what: "find guest bundle", source: Box::new(e) })?;
     let version = Bundle::describe(&guest_bundle)
         .map_err(|e| Error::Message { what: "open guest bundle", source: Box::new(e) })?;

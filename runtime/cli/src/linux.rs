@@ -99,6 +99,7 @@ fn info(place: &Place) -> io::Result<String> {
         ("profile", version.profile),
         ("security profile", version.security_profile),
         ("bundle", version.bundle_version),
+        ("architecture", version.architecture.unwrap_or_else(|| "unknown".into())),
         ("commit", version.git_commit.unwrap_or_else(|| "unknown".into())),
         ("kernel", version.kernel_version),
         ("agent", version.agent_version),
@@ -184,5 +185,10 @@ fn build(place: &Place, source: &Path) -> io::Result<String> {
     if !done.success() {
         return Err(io::Error::other(format!("make bundle KERNEL_PROFILE={profile} failed: {done}")));
     }
-    put(place, profile, &Directory(out.join(profile.name())))
+    // As mk/bundle.mk says.
+    let made = match profile {
+        KernelProfile::Container => out.join(profile.name()),
+        KernelProfile::Developer => out,
+    };
+    put(place, profile, &Directory(made))
 }

@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use crate::{
-    Bundle, Error, INITRAMFS, KERNEL, KernelProfile, VersionInfo, YOUKI,
-    install::{InstallError, Source, install},
+    Bundle, Error, INITRAMFS, KERNEL, KernelProfile, VERSION, VersionInfo, YOUKI,
+    install::{InstallError, Source, install, is_outdated},
     locate::{Places, in_base},
 };
 
@@ -39,7 +39,8 @@ pub struct KernelBundleOptions<'a> {
     pub install_dir: Option<&'a Path>,
     /// Names of capabilities that the kernel must have, as in `version.json`.
     pub required_capabilities: &'a [&'a str],
-    /// What is installed where there is no bundle; none is to fail then.
+    /// What is installed where there is no bundle; without it that is what [`embedded`] has, and if that is nothing,
+    /// there being no bundle is an error.
     pub source: Option<&'a dyn Source>,
 }
 
@@ -73,6 +74,14 @@ pub enum EnsureError {
         /// What is wanted.
         wanted: KernelProfile,
         /// What it is.
+        found: String,
+    },
+    /// It is for another processor.
+    #[error("guest bundle {dir} is for {found}, this machine is {wanted}; install the bundle for it", dir = dir.display(), wanted = std::env::consts::ARCH)]
+    Architecture {
+        /// The bundle's directory.
+        dir: PathBuf,
+        /// What it is for.
         found: String,
     },
     /// A program in it is of another version.
@@ -114,6 +123,9 @@ impl KernelBundle {
             wanted: KernelProfile::default(),
             found: version.profile.clone(),
         })?;
+        if let Some(found) = version.architecture.clone().filter(|found| found != std::env::consts::ARCH) {
+            return Err(EnsureError::Architecture { dir: dir.to_owned(), found });
+        }
         let programs =
             [("agent", AGENT_VERSION, &version.agent_version), ("youki", YOUKI_VERSION, &version.youki_version)];
         for (program, wanted, found) in programs {
@@ -163,15 +175,7 @@ pub fn ensure_kernel_bundle(options: &KernelBundleOptions<'_>) -> Result<KernelB
     if let Some(dir) = options.install_dir {
         places.named = Some(dir.to_owned());
     }
-    let dir = match (places.find(profile), options.source) {
-        (Some(dir), _) => dir,
-        (None, None) => return Err(not_found(profile, &places)),
-        (None, Some(source)) => {
-            let base = places.named.as_deref().or(places.user.as_deref()).ok_or(EnsureError::NoHome { profile })?;
-            // Somebody else may have been faster.
-            install(source, base, profile, |_| in_base(base, profile).is_some())?
-        }
-    };
+    let dir = obtain(&places, profile, options.source.or_else(|| embedded(profile)))?;
     let bundle = KernelBundle::check(&dir, crate::bundle::cache().as_deref())?;
     if bundle.profile != profile {
         return Err(EnsureError::Profile { dir, wanted: profile, found: bundle.profile.to_string() });
@@ -193,6 +197,41 @@ pub fn locate(configured: Option<&Path>, profile: KernelProfile) -> Result<PathB
             places.find(profile).ok_or_else(|| not_found(profile, &places))
         }
     }
+}
+
+/// The same, but where nothing is configured and there is none, the embedded bundle of this profile is installed, if there is
+/// one; and one that an older version of the program has installed so is replaced. This is what a runtime calls at every start:
+/// where the bundle is there it costs a few `stat` calls.
+pub fn find_or_install(configured: Option<&Path>, profile: KernelProfile) -> Result<PathBuf, EnsureError> {
+    match configured {
+        Some(_) => locate(configured, profile),
+        None => obtain(&Places::from_env(), profile, embedded(profile)),
+    }
+}
+
+/// The bundle of this profile that is in the program itself, compiled in by the feature `embedded`.
+pub fn embedded(profile: KernelProfile) -> Option<&'static dyn Source> {
+    #[cfg(feature = "embedded")]
+    if profile == KernelProfile::Container {
+        return Some(&crate::embedded::Embedded);
+    }
+    let _ = profile;
+    None
+}
+
+/// The directory of the first bundle of the profile, installed from `source` if there is none or an outdated one of it.
+fn obtain(places: &Places, profile: KernelProfile, source: Option<&dyn Source>) -> Result<PathBuf, EnsureError> {
+    let found = places.find(profile);
+    let Some(source) = source else { return found.ok_or_else(|| not_found(profile, places)) };
+    let outdated = |dir: &Path| is_outdated(dir, source);
+    let base = match &found {
+        // Somebody else's is left alone: whoever checks it says if it is too old.
+        Some(dir) if !outdated(dir) || dir.parent() != places.install() => return Ok(dir.clone()),
+        _ => places.install(),
+    };
+    let base = base.ok_or(EnsureError::NoHome { profile })?;
+    // Somebody else may have been faster.
+    Ok(install(source, base, profile, |dir| dir.join(VERSION).exists() && !outdated(dir))?)
 }
 
 fn not_found(profile: KernelProfile, places: &Places) -> EnsureError {

@@ -30,6 +30,21 @@ pub trait Source: std::fmt::Debug + Sync {
     fn version(&self) -> io::Result<Vec<u8>>;
     /// Writes the file of this name to `to`.
     fn copy(&self, name: &str, to: &mut dyn Write) -> io::Result<()>;
+    /// Whether it belongs to the program, whose next version brings another one: what it installs is marked, and only what is
+    /// marked is ever replaced without being asked.
+    fn belongs_to_program(&self) -> bool {
+        false
+    }
+}
+
+/// In a bundle that belongs to the program that installed it.
+const MARK: &str = ".embedded";
+
+/// Whether the bundle in `dir` came from a program itself, and not from this version of it.
+pub(crate) fn is_outdated(dir: &Path, source: &dyn Source) -> bool {
+    source.belongs_to_program()
+        && dir.join(MARK).exists()
+        && source.version().is_ok_and(|own| fs::read(dir.join(VERSION)).ok().as_ref() != Some(&own))
 }
 
 /// A bundle that is a directory.
@@ -207,9 +222,13 @@ fn fill(from: &dyn Source, profile: KernelProfile, dir: &Path) -> Result<(), Ins
         }
         file.sync_all().map_err(system("write", &path))?;
     }
-    let path = dir.join(VERSION);
-    let mut file = create(&path, 0o644)?;
-    file.write_all(&text).and_then(|()| file.sync_all()).map_err(system("write", &path))
+    let last = if from.belongs_to_program() { Some((MARK, [].as_slice())) } else { None };
+    for (name, content) in last.into_iter().chain([(VERSION, text.as_slice())]) {
+        let path = dir.join(name);
+        let mut file = create(&path, 0o644)?;
+        file.write_all(content).and_then(|()| file.sync_all()).map_err(system("write", &path))?;
+    }
+    Ok(())
 }
 
 fn create(path: &Path, mode: u32) -> Result<File, InstallError> {

@@ -6,6 +6,8 @@
 //! names, and it is handed out as the open descriptor that was verified, so that swapping the path changes nothing.
 
 mod bundle;
+#[cfg(feature = "embedded")]
+mod embedded;
 mod ensure;
 mod install;
 mod locate;
@@ -15,11 +17,11 @@ mod version;
 
 pub use bundle::{Bundle, Error};
 pub use ensure::{
-    AGENT_VERSION, EnsureError, KernelBundle, KernelBundleOptions, YOUKI_VERSION, ensure_kernel, ensure_kernel_bundle,
-    ensure_kernel_profile, locate,
+    AGENT_VERSION, EnsureError, KernelBundle, KernelBundleOptions, YOUKI_VERSION, embedded, ensure_kernel,
+    ensure_kernel_bundle, ensure_kernel_profile, find_or_install, locate,
 };
 pub use install::{Directory, InstallError, Source, install};
-pub use locate::{DIR_VARIABLE, Places, SYSTEM, in_base};
+pub use locate::{DIR_VARIABLE, Places, STATE, SYSTEM, in_base};
 pub use profile::{KernelProfile, UnknownProfile};
 pub use verify::VerifyError;
 pub use version::{Artifact, SCHEMA, VERSION_SCHEMA, VersionInfo};

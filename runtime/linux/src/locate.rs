@@ -16,6 +16,8 @@ use crate::{Bundle, KernelProfile, VERSION};
 pub const DIR_VARIABLE: &str = "VZ_LINUX_DIR";
 /// Where bundles are installed for everybody, the most important first.
 pub const SYSTEM: [&str; 2] = ["/usr/local/share/vz/linux", "/usr/share/vz/linux"];
+/// Where root's programs put the bundle that is in them; used by everybody who has none elsewhere.
+pub const STATE: &str = "/var/lib/vz/linux";
 
 /// The base directories that are looked through, the first one first.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -24,8 +26,10 @@ pub struct Places {
     pub named: Option<PathBuf>,
     /// `~/.vz/linux`; none where the user has no home.
     pub user: Option<PathBuf>,
-    /// [`SYSTEM`].
+    /// [`SYSTEM`] and [`STATE`].
     pub system: Vec<PathBuf>,
+    /// Where an embedded bundle is installed unless `named` is set; none where the user has no home.
+    pub install: Option<PathBuf>,
 }
 
 impl Places {
@@ -38,11 +42,19 @@ impl Places {
         let set = |value: Option<OsString>| value.filter(|value| !value.is_empty()).map(PathBuf::from);
         // Service managers often set no HOME.
         let home = set(home).or_else(|| Some(nix::unistd::User::from_uid(nix::unistd::geteuid()).ok()??.dir));
+        let user = home.filter(|home| home.is_absolute()).map(|home| home.join(".vz/linux"));
+        let install = if nix::unistd::geteuid().is_root() { Some(STATE.into()) } else { user.clone() };
         Self {
             named: set(named),
-            user: home.filter(|home| home.is_absolute()).map(|home| home.join(".vz/linux")),
-            system: SYSTEM.iter().map(PathBuf::from).collect(),
+            user,
+            system: SYSTEM.into_iter().chain([STATE]).map(PathBuf::from).collect(),
+            install,
         }
+    }
+
+    /// The base directory in which an embedded bundle is installed.
+    pub fn install(&self) -> Option<&Path> {
+        self.named.as_deref().or(self.install.as_deref())
     }
 
     /// The base directories that count.
@@ -103,7 +115,7 @@ mod tests {
     fn a_named_place_is_the_only_one_and_the_user_comes_first() {
         let dir = tempfile::tempdir().unwrap();
         let (user, system, named) = (dir.path().join("user"), dir.path().join("system"), dir.path().join("named"));
-        let mut places = Places { named: None, user: Some(user.clone()), system: vec![system.clone()] };
+        let mut places = Places { named: None, user: Some(user.clone()), system: vec![system.clone()], install: None };
         bundle(&system.join("container"), "container");
         assert_eq!(places.find(KernelProfile::Container), Some(system.join("container")));
         bundle(&user.join("container"), "container");
@@ -120,7 +132,9 @@ mod tests {
         assert_eq!(places.bases(), [Path::new("/b")]);
         let places = Places::from_variables(Some("".into()), Some("/home/u".into()));
         assert_eq!(places.bases()[0], Path::new("/home/u/.vz/linux"));
-        assert_eq!(places.bases().len(), 3);
+        assert_eq!(places.bases().len(), 4);
+        let own = if nix::unistd::geteuid().is_root() { STATE } else { "/home/u/.vz/linux" };
+        assert_eq!(places.install(), Some(Path::new(own)));
         // As the system knows this user.
         assert!(Places::from_variables(None, None).user.is_some_and(|user| user.ends_with(".vz/linux")));
     }

@@ -29,6 +29,9 @@ pub struct VersionInfo {
     /// SHA-256 of the resolved kernel configuration.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kernel_config_sha256: Option<String>,
+    /// Whose processor it is for, as `uname -m` names it; bundles once said nothing of it, and were for x86_64.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub architecture: Option<String>,
     /// `container` or `developer`.
     pub profile: String,
     /// How far the kernel is constrained.

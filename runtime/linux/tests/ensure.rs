@@ -21,11 +21,22 @@ use vz_linux::{
 const CONTAINER: KernelProfile = KernelProfile::Container;
 /// Makes this program a process that installs: directory of the source, base directory.
 const WORK: &str = "VZ_TEST_INSTALL";
+/// Makes this program a process that installs on a file system which has no room (`full`) or is read-only (`read-only`).
+const TMPFS: &str = "VZ_TEST_TMPFS";
 
 fn main() -> ExitCode {
     if let Some(dirs) = env::var_os(WORK) {
         let dirs: Vec<PathBuf> = env::split_paths(&dirs).collect();
-        return match ensure(&Slow(Directory(dirs[0].clone())), &dirs[1]) {
+        let done = match dirs.as_slice() {
+            [source, base] => ensure(&Slow(Directory(source.clone())), base),
+            // Nothing but the base: from the program itself.
+            dirs => ensure_kernel_bundle(&KernelBundleOptions {
+                profile: CONTAINER,
+                install_dir: Some(&dirs[0]),
+                ..Default::default()
+            }),
+        };
+        return match done {
             Ok(_) => ExitCode::SUCCESS,
             Err(e) => {
                 eprintln!("{}", chain(&e));
@@ -33,13 +44,22 @@ fn main() -> ExitCode {
             }
         };
     }
-    let tests: [(&str, fn()); 6] = [
+    if let Some(how) = env::var_os(TMPFS) {
+        return without_room(how.to_str().unwrap());
+    }
+    let tests: [(&str, fn()); 9] = [
         ("a_bundle_is_installed_once_and_found_then", a_bundle_is_installed_once_and_found_then),
         ("many_processes_and_kills_end_with_one_good_bundle", many_processes_and_kills_end_with_one_good_bundle),
         ("a_flipped_byte_is_refused_by_name", a_flipped_byte_is_refused_by_name),
         ("mixed_bundles_are_refused_by_name", mixed_bundles_are_refused_by_name),
         ("a_bad_source_leaves_nothing", a_bad_source_leaves_nothing),
         ("a_directory_that_cannot_be_written_is_named", a_directory_that_cannot_be_written_is_named),
+        ("a_full_disk_and_a_read_only_home_are_named", a_full_disk_and_a_read_only_home_are_named),
+        (
+            "what_a_program_installed_is_replaced_by_its_next_version",
+            what_a_program_installed_is_replaced_by_its_next_version,
+        ),
+        ("the_embedded_bundle_is_installed_by_many_processes", the_embedded_bundle_is_installed_by_many_processes),
     ];
     for (name, test) in tests {
         test();
@@ -131,8 +151,13 @@ fn names(dir: &Path) -> Vec<String> {
 fn a_bundle_is_installed_once_and_found_then() {
     let Dirs { source, base, _all } = dirs();
     let options = KernelBundleOptions { profile: CONTAINER, install_dir: Some(&base), ..Default::default() };
-    let missing = ensure_kernel_bundle(&options).unwrap_err();
-    assert!(matches!(&missing, EnsureError::NotFound { searched, .. } if searched.contains(".vz/linux")), "{missing}");
+    if vz_linux::embedded(CONTAINER).is_none() {
+        let missing = ensure_kernel_bundle(&options).unwrap_err();
+        assert!(
+            matches!(&missing, EnsureError::NotFound { searched, .. } if searched.contains(".vz/linux")),
+            "{missing}"
+        );
+    }
     let bundle = ensure(&Directory(source.clone()), &base).unwrap();
     assert_eq!((bundle.dir.clone(), bundle.profile), (base.join("container"), CONTAINER));
     assert_eq!(names(&bundle.dir), ["initramfs.img", "version.json", "vmlinux", "youki"]);
@@ -151,13 +176,7 @@ fn a_bundle_is_installed_once_and_found_then() {
 
 fn many_processes_and_kills_end_with_one_good_bundle() {
     let Dirs { source, base, _all } = dirs();
-    let start = || -> Child {
-        Command::new(env::current_exe().unwrap())
-            .env(WORK, env::join_paths([&source, &base]).unwrap())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap()
-    };
+    let start = || start(&[&source, &base]);
     // An installation takes some 40 ms, so these end at every stage of one.
     let mut half_done = 0;
     for round in 0..20 {
@@ -178,6 +197,22 @@ fn many_processes_and_kills_end_with_one_good_bundle() {
     }
     println!("  {half_done} of 20 installations were left half done");
     assert!(half_done > 0);
+    twenty(start);
+    KernelBundle::verify(&base.join("container")).unwrap();
+    assert_eq!(names(&base), [".lock", "container"]);
+}
+
+/// This program as a process that installs.
+fn start(dirs: &[&Path]) -> Child {
+    Command::new(env::current_exe().unwrap())
+        .env(WORK, env::join_paths(dirs).unwrap())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap()
+}
+
+/// Twenty processes at once, five of them killed; the others succeed.
+fn twenty(start: impl Fn() -> Child) {
     let mut children: Vec<Child> = (0..20).map(|_| start()).collect();
     for child in children.iter_mut().take(5) {
         child.kill().unwrap();
@@ -190,8 +225,112 @@ fn many_processes_and_kills_end_with_one_good_bundle() {
         let output = child.wait_with_output().unwrap();
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     }
-    KernelBundle::verify(&base.join("container")).unwrap();
+}
+
+fn the_embedded_bundle_is_installed_by_many_processes() {
+    let Some(embedded) = vz_linux::embedded(CONTAINER) else {
+        println!("  skipped: no bundle is in this program: run `make check-payload`");
+        return;
+    };
+    let all = tempfile::tempdir().unwrap();
+    let base = all.path().join("home/.vz/linux");
+    // Killed at every stage; an installation takes some 300 ms.
+    for round in 1..8 {
+        let mut children: Vec<Child> = (0..3).map(|_| start(&[&base])).collect();
+        thread::sleep(Duration::from_millis(round * 40));
+        for child in &mut children {
+            child.kill().unwrap();
+        }
+        for mut child in children {
+            child.wait().unwrap();
+        }
+        if base.join("container").exists() {
+            KernelBundle::verify(&base.join("container")).unwrap();
+            fs::remove_dir_all(base.join("container")).unwrap();
+        }
+    }
+    twenty(|| start(&[&base]));
+    let bundle = KernelBundle::verify(&base.join("container")).unwrap();
+    assert_eq!(fs::read(bundle.dir.join("version.json")).unwrap(), embedded.version().unwrap());
     assert_eq!(names(&base), [".lock", "container"]);
+}
+
+/// A directory as what is in a program.
+#[derive(Debug)]
+struct Program(Directory);
+
+impl Source for Program {
+    fn name(&self) -> String {
+        "this program".into()
+    }
+
+    fn version(&self) -> io::Result<Vec<u8>> {
+        self.0.version()
+    }
+
+    fn copy(&self, name: &str, to: &mut dyn Write) -> io::Result<()> {
+        self.0.copy(name, to)
+    }
+
+    fn belongs_to_program(&self) -> bool {
+        true
+    }
+}
+
+fn what_a_program_installed_is_replaced_by_its_next_version() {
+    let Dirs { source, base, _all } = dirs();
+    let next = _all.path().join("next");
+    make(&next, |v| v["git_commit"] = "0123456789".into());
+    let (old, next) = (Program(Directory(source.clone())), Program(Directory(next)));
+    let commit = |program: &Program| ensure(program, &base).unwrap().version.git_commit;
+    assert_eq!(commit(&old), None);
+    assert_eq!(commit(&next).as_deref(), Some("0123456789"));
+    assert_eq!(names(&base), [".lock", "container"]);
+    // A changed file is refused, not replaced: that is not an older version.
+    fs::write(base.join("container/youki"), "evil").unwrap();
+    let said = chain(&ensure(&next, &base).unwrap_err());
+    assert!(said.contains("youki does not match"), "{said}");
+    // What somebody else has put there stays.
+    fs::remove_dir_all(base.join("container")).unwrap();
+    assert_eq!(ensure(&Directory(source), &base).unwrap().version.git_commit, None);
+    assert_eq!(commit(&next), None);
+}
+
+fn a_full_disk_and_a_read_only_home_are_named() {
+    if !nix::unistd::geteuid().is_root() {
+        println!("  skipped: mounting a small tmpfs needs root");
+        return;
+    }
+    for how in ["full", "read-only"] {
+        let output = Command::new(env::current_exe().unwrap()).env(TMPFS, how).output().unwrap();
+        assert!(output.status.success(), "{how}: {}", String::from_utf8_lossy(&output.stderr));
+    }
+}
+
+/// In a process of its own, whose mounts end with it.
+fn without_room(how: &str) -> ExitCode {
+    use nix::mount::{MsFlags, mount};
+
+    let Dirs { source, _all, .. } = dirs();
+    let home = _all.path().join("small");
+    fs::create_dir(&home).unwrap();
+    nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).unwrap();
+    let none = None::<&str>;
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).unwrap();
+    let flags = if how == "full" { MsFlags::empty() } else { MsFlags::MS_RDONLY };
+    mount(Some("tmpfs"), &home, Some("tmpfs"), flags, Some("size=32k")).unwrap();
+    let base = home.join(".vz/linux");
+    let refused = ensure(&Directory(source), &base).unwrap_err();
+    assert!(matches!(refused, EnsureError::Install(InstallError::System { .. })), "{refused:?}");
+    let said = chain(&refused);
+    let wanted = if how == "full" { "No space left on device" } else { "Read-only file system" };
+    assert!(said.contains(wanted) && said.contains(base.to_str().unwrap()) && said.contains("VZ_LINUX_DIR"), "{said}");
+    if how == "full" {
+        assert_eq!(names(&base), [".lock"], "something is left");
+    }
+    // Before the directory that it is mounted in is removed.
+    nix::mount::umount(&home).unwrap();
+    ExitCode::SUCCESS
 }
 
 fn a_flipped_byte_is_refused_by_name() {
@@ -218,6 +357,7 @@ fn mixed_bundles_are_refused_by_name() {
         (refused(|v| v["agent_version"] = "9.9.9".into()), "has agent 9.9.9"),
         (refused(|v| v["youki_version"] = "0.5.0".into()), "has youki 0.5.0"),
         (refused(|v| v["profile"] = "broad".into()), "has profile broad"),
+        (refused(|v| v["architecture"] = "m68k".into()), "is for m68k, this machine is"),
         (refused(|v| v["schema"] = 7.into()), "schema 7"),
         (refused(|v| v["artifacts"]["youki"]["sha256"] = digest(b"other").into()), "youki does not match"),
         (refused(|v| drop(v["artifacts"].as_object_mut().unwrap().remove("youki"))), "no checksum for youki"),

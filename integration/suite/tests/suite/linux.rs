@@ -3,9 +3,15 @@
 use std::fs;
 
 use serde_json::Value;
-use vz_suite::{Lab, Verdict, lab::BUSYBOX, tests};
+use vz_suite::{Lab, Skip, Verdict, lab::BUSYBOX, tests};
 
-tests![a_bundle_is_installed_verified_and_used, a_broken_bundle_is_refused_by_name, what_is_not_there_is_said];
+tests![
+    a_bundle_is_installed_verified_and_used,
+    a_broken_bundle_is_refused_by_name,
+    what_is_not_there_is_said,
+    the_container_profile_refuses_what_it_must_not_have,
+    the_developer_profile_has_what_it_is_for,
+];
 
 const CONTAINER: [&str; 2] = ["--kernel-profile", "container"];
 
@@ -68,5 +74,75 @@ fn what_is_not_there_is_said(lab: &Lab) -> Verdict {
     vz(lab, &["init", "--dir", &base], &[]).exits(1).fails_with(&["no guest bundle of profile developer", "--from"]);
     vz(lab, &["build", "--source", &base], &CONTAINER).exits(1).fails_with(&["mk/bundle.mk", "--source"]);
     vz(lab, &["init", "--kernel-profile", "broad"], &[]).exits(2).fails_with(&["developer", "container"]);
+    Ok(())
+}
+
+/// Prints, in a guest, what its kernel has of what only the developer's has: one word a line.
+const LOOK: &str = r#"
+[ -e /proc/config.gz ] && echo config.gz
+for name in kvm tun btrfs-control device-mapper vhost-net; do grep -qw "$name" /proc/misc && echo "$name"; done
+grep -qE '(svm|vmx)' /proc/cpuinfo && echo processor
+mkdir -p /run/there
+for name in 9p nfs nfsd squashfs vfat btrfs xfs iso9660; do
+  said=$(mount -t $name none /run/there 2>&1) && umount /run/there
+  case $said in *"No such device"*) ;; *) echo "mount-$name" ;; esac
+done
+ip link add vzt0 type vxlan id 1 dstport 4789 2>/dev/null && echo vxlan
+ip link add vzt1 type wireguard 2>/dev/null && echo wireguard
+exit 0
+"#;
+
+#[track_caller]
+fn look(lab: &Lab) -> Vec<String> {
+    // It may do all that the guest's kernel can do.
+    let may = ["--rm", "--cap-add", "ALL", "--security-opt", "seccomp=unconfined"];
+    let said = lab.nerdctl_run(&may).args([BUSYBOX, "sh", "-c", LOOK]).run().ok();
+    said.lines().map(str::to_owned).collect()
+}
+
+fn the_container_profile_refuses_what_it_must_not_have(lab: &Lab) -> Verdict {
+    lab.vz_only()?;
+    let has = look(lab);
+    let others: Vec<_> = has.iter().filter(|word| *word != "processor").collect();
+    assert!(others.is_empty(), "the container's kernel has {others:?}");
+    Ok(())
+}
+
+fn the_developer_profile_has_what_it_is_for(lab: &Lab) -> Verdict {
+    lab.vz_only()?;
+    let base = lab.bundle().parent().expect("a bundle is in a directory");
+    if !base.join("version.json").exists() {
+        return Err(Skip("the developer's bundle is not built: run `make bundle KERNEL_PROFILE=developer`".into()));
+    }
+    let _bundle = lab.use_bundle(base);
+    let _config = lab.configure("linux_profile = \"developer\"\n");
+    let has = look(lab);
+    let wanted = [
+        "config.gz",
+        "tun",
+        "btrfs-control",
+        "device-mapper",
+        "vhost-net",
+        "mount-9p",
+        "mount-nfs",
+        "mount-nfsd",
+        "mount-squashfs",
+        "mount-vfat",
+        "mount-btrfs",
+        "mount-xfs",
+        "mount-iso9660",
+        "vxlan",
+        "wireguard",
+    ];
+    for word in wanted {
+        assert!(has.iter().any(|had| had == word), "the developer's kernel has no {word}: {has:?}");
+    }
+    // KVM is there where the processor has it, which the machine on software emulation hides: it costs time at every boot.
+    let has = |word: &str| has.iter().any(|had| had == word);
+    assert_eq!(has("kvm"), has("processor"), "/dev/kvm is there where the virtual processor has virtualization");
+    // The same directory has the container's bundle in it.
+    drop(lab.configure(""));
+    let _bundle = lab.use_bundle(base);
+    assert!(!look(lab).contains(&"config.gz".to_owned()));
     Ok(())
 }

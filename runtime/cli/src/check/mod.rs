@@ -4,7 +4,7 @@ use std::{error::Error, io, process::ExitCode};
 
 use serde::Serialize;
 use vz_config::Config;
-use vz_linux::{Bundle, KernelProfile};
+use vz_linux::{Bundle, EnsureError, KernelProfile};
 use vz_machine::{
     control::{MachineChoice, MachineKind},
     select::{Selection, select_by},
@@ -186,6 +186,10 @@ fn bundle(config: &Config) -> Check {
     };
     let dir = match vz_linux::locate(config.guest_bundle(), profile) {
         Ok(dir) => dir,
+        Err(EnsureError::NotFound { .. }) if vz_linux::embedded(profile).is_some() => {
+            let found = format!("in the program; the first start installs it in {}", vz_linux::STATE);
+            return Check::new("guest bundle", Status::Ok, found);
+        }
         Err(e) => return Check::new("guest bundle", Status::Failed, chain(&e)),
     };
     match Bundle::open(&dir) {
