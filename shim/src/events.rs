@@ -1,4 +1,5 @@
-//! Events to containerd: one strict queue, in order, kept over a restart of the daemon.
+//! Events to containerd: one strict queue, in order, kept over a restart of the daemon. A sandbox of the command line `vz` has
+//! no containerd, and nobody to tell.
 
 use std::time::Duration;
 
@@ -21,7 +22,8 @@ const FORWARD_DEADLINE: Duration = Duration::from_secs(10);
 /// Where events are put in.
 #[derive(Debug, Clone)]
 pub struct Publisher {
-    queue: mpsc::UnboundedSender<Envelope>,
+    /// None where there is nobody to tell.
+    queue: Option<mpsc::UnboundedSender<Envelope>>,
     namespace: String,
 }
 
@@ -32,19 +34,21 @@ pub struct Queue {
     address: String,
 }
 
-/// A publisher of events of `namespace` to the daemon that serves ttrpc at `address`.
+/// A publisher of events of `namespace` to the daemon that serves ttrpc at `address`; to nobody where that is empty.
 ///
 /// The queue grows with the tasks' own events only, which clients ask for: a guest cannot fill it, since it can end
 /// each process once.
 pub fn publisher(namespace: &str, address: &str) -> (Publisher, Queue) {
     let (queue, events) = mpsc::unbounded_channel();
     let namespace = namespace.to_owned();
+    let queue = Some(queue).filter(|_| !address.is_empty());
     (Publisher { queue, namespace }, Queue { events, address: address.to_owned() })
 }
 
 impl Publisher {
     /// Puts an event at the end of the queue.
     pub fn publish(&self, topic: &str, event: Box<dyn MessageDyn>) {
+        let Some(queue) = &self.queue else { return };
         let envelope = timestamp().and_then(|at| {
             let mut envelope = Envelope::new();
             envelope.set_topic(topic.to_owned());
@@ -55,7 +59,7 @@ impl Publisher {
         });
         match envelope {
             // A closed queue means that the shim is about to exit.
-            Ok(envelope) => drop(self.queue.send(envelope)),
+            Ok(envelope) => drop(queue.send(envelope)),
             Err(error) => tracing::error!(%error, topic, "encode event"),
         }
     }

@@ -1,7 +1,9 @@
 //! A process's standard streams between containerd's side (fifo, file, logger) and the guest's vsock streams.
 //!
 //! containerd's forms (runtime v2 README, "IO"): a bare path or `fifo://` is a fifo that a client has open,
-//! `file://` is appended to, `binary://` is a program that gets both outputs.
+//! `file://` is appended to, `binary://` is a program that gets both outputs. One form is our own: `pipe://` is a pipe whose
+//! other end is somebody's already, as the command line `vz` inherits it (`/proc/PID/fd/N`). Opened anew, it can be waited
+//! for without its owner noticing; and when the other end goes, so does ours, and the process is told.
 
 use std::{
     collections::HashMap,
@@ -44,7 +46,7 @@ pub struct Stdio {
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The form of its address is not known.
-    #[error("stdio {uri:?}: scheme {scheme:?} is not supported, use a fifo, file:// or binary://")]
+    #[error("stdio {uri:?}: scheme {scheme:?} is not supported, use a fifo, file://, pipe:// or binary://")]
     Scheme {
         /// The address.
         uri: String,
@@ -78,13 +80,14 @@ pub struct Host {
 #[derive(Debug)]
 struct Stdin {
     from: pipe::Receiver,
-    /// Keeps the fifo from looking ended before a client has opened it, until CloseIO.
-    hold: pipe::Sender,
+    /// Keeps a fifo from looking ended before a client has opened it, until CloseIO.
+    hold: Option<pipe::Sender>,
 }
 
 #[derive(Debug)]
 enum Sink {
     Fifo(pipe::Sender),
+    Pipe(pipe::Sender),
     File(tokio::fs::File),
 }
 
@@ -144,11 +147,14 @@ pub fn open(stdio: &Stdio, id: &str, namespace: &str) -> Result<Host, Error> {
 
 fn open_stdin(uri: &str) -> Result<Stdin, Error> {
     let (scheme, path) = split(uri);
-    if scheme != "fifo" {
+    if scheme != "fifo" && scheme != "pipe" {
         return Err(Error::Scheme { uri: uri.into(), scheme: scheme.into() });
     }
     let from = pipe::OpenOptions::new().open_receiver(path).map_err(open_error("stdin", path))?;
-    let hold = pipe::OpenOptions::new().open_sender(path).map_err(open_error("stdin", path))?;
+    let hold = match scheme {
+        "pipe" => None,
+        _ => Some(pipe::OpenOptions::new().open_sender(path).map_err(open_error("stdin", path))?),
+    };
     Ok(Stdin { from, hold })
 }
 
@@ -165,6 +171,9 @@ fn open_sink(stream: &'static str, uri: &str) -> Result<Option<Sink>, Error> {
             .map(Sink::Fifo)
             .map(Some)
             .map_err(open_error(stream, path)),
+        "pipe" => {
+            pipe::OpenOptions::new().open_sender(path).map(|to| Some(Sink::Pipe(to))).map_err(open_error(stream, path))
+        }
         "file" => OpenOptions::new()
             .append(true)
             .create(true)
@@ -211,7 +220,7 @@ impl Host {
         }
         if let (Some(stdin), Some(to)) = (self.stdin, to_guest) {
             input = Some(tokio::spawn(copy_in(stdin.from, to, terminal)));
-            hold = Some(stdin.hold);
+            hold = stdin.hold;
         }
         Copies {
             input: Mutex::new(input),
@@ -270,10 +279,10 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
-async fn copy_out(stream: &'static str, from: impl AsyncRead + Unpin, sink: Sink) {
+async fn copy_out(stream: &'static str, mut from: impl AsyncRead + Unpin, sink: Sink) {
     let copied = match sink {
         Sink::Fifo(mut to) => {
-            let copied = copy(from, &mut to).await;
+            let copied = copy(&mut from, &mut to).await;
             // A fifo forgets what it holds with its last descriptor, and a client may not have opened its end yet:
             // ours stays until everything has been read. No event tells of that.
             while copied.is_ok() && vz_sys::channel::unread(to.as_fd()).is_ok_and(|unread| unread > 0) {
@@ -281,10 +290,19 @@ async fn copy_out(stream: &'static str, from: impl AsyncRead + Unpin, sink: Sink
             }
             copied
         }
-        Sink::File(to) => copy(from, to).await,
+        Sink::Pipe(to) => match copy(&mut from, to).await {
+            // Its reader has seen enough, and so the process is told, by the end of its stream.
+            Err(e) if e.kind() == io::ErrorKind::BrokenPipe => return tracing::debug!(stream, "output has no reader"),
+            copied => copied,
+        },
+        Sink::File(to) => copy(&mut from, to).await,
     };
     if let Err(error) = copied {
         tracing::warn!(%error, stream, "copy output");
+        // A full disk or a dead logging program is not the process's fault, and shall not stop it.
+        if let Err(error) = copy(from, tokio::io::sink()).await {
+            tracing::debug!(%error, stream, "pass over output");
+        }
     }
 }
 
@@ -397,6 +415,31 @@ mod tests {
         reader.read_to_end(&mut got).await.unwrap();
         writer.await.unwrap();
         assert_eq!(got, sent2);
+        assert!(copies.drain(Duration::from_secs(1)).await);
+    }
+
+    #[tokio::test]
+    async fn a_pipe_ends_both_ways_with_its_other_end() {
+        use std::io::Write;
+        let (read, write) = std::io::pipe().unwrap();
+        let (input, mut typed) = std::io::pipe().unwrap();
+        let uri = |fd: &dyn std::os::fd::AsRawFd| format!("pipe:///proc/{}/fd/{}", std::process::id(), fd.as_raw_fd());
+        let stdio = Stdio { stdin: uri(&input), stdout: uri(&write), ..Default::default() };
+        let host = open(&stdio, "c1", "ns").unwrap();
+        drop((input, write));
+        let (ours, mut process_in) = UnixStream::pair().unwrap();
+        let (theirs, mut process_out) = UnixStream::pair().unwrap();
+        let copies = host.connect(Guest { stdin: Some(ours), stdout: Some(theirs), ..Default::default() }, false);
+        typed.write_all(b"hello").unwrap();
+        drop(typed);
+        let mut got = String::new();
+        process_in.read_to_string(&mut got).await.unwrap();
+        assert_eq!(got, "hello");
+        drop(read);
+        // Into a pipe that nobody reads: the copy ends, and the process's stream with it.
+        while process_out.write_all(b"y\n").await.is_ok() {
+            tokio::task::yield_now().await;
+        }
         assert!(copies.drain(Duration::from_secs(1)).await);
     }
 

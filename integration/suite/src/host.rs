@@ -138,11 +138,20 @@ pub enum Role {
     Qemu,
     /// The process whose pid containerd knows.
     Anchor,
+    /// That which a caller of `vz create` waits for.
+    Keeper,
 }
 
 /// A container's process of a role, if it runs.
 pub fn find(container: &str, role: Role) -> Option<Process> {
     let all = Processes::now();
+    if role == Role::Keeper {
+        let words = |p: &&Process| p.is("vz") && p.args.get(1..) == Some(&["keep".to_owned(), container.to_owned()]);
+        // The keepers of its exec processes have the same words; its daemon is the child of the first.
+        let first =
+            |p: &&Process| all.iter().any(|child| child.parent == p.pid && child.name.starts_with("containerd-shim"));
+        return all.iter().filter(words).find(first).cloned();
+    }
     let shim = all.iter().find(|p| {
         p.name.starts_with("containerd-shim")
             && p.flag("-id") == Some(container)
@@ -154,6 +163,7 @@ pub fn find(container: &str, role: Role) -> Option<Process> {
         Role::Vmm => p.parent == shim.pid && has_arg(p, "vmm"),
         Role::Qemu => p.is("qemu-system-x86_64") && all.descends(p.pid, shim.pid),
         Role::Anchor => p.parent == shim.pid && (p.name == "vz-anchor" || has_arg(p, "anchor")),
+        Role::Keeper => false,
     };
     all.iter().find(is).cloned()
 }

@@ -311,7 +311,17 @@ impl Look {
             }
         }
         self.state_directories();
+        self.containers_of_vz();
         self.fifos();
+    }
+
+    /// What `vz create` keeps of a container, where it is not told another place.
+    fn containers_of_vz(&mut self) {
+        for path in at_depth(Path::new("/run/vz-oci"), 1) {
+            if path.file_name().is_some_and(|id| id.to_string_lossy().starts_with(PREFIX)) {
+                self.add("container of vz", path.display());
+            }
+        }
     }
 
     /// /run/vz/NAMESPACE/ID; the journal in it has the shim's socket, which is in its devbox's directory.
@@ -328,7 +338,8 @@ impl Look {
                 (line["made"]["kind"] == "socket").then(|| line["made"]["path"].as_str().map(PathBuf::from))?
             });
             let ours = match sockets.next() {
-                Some(socket) => socket.starts_with(&self.devbox),
+                // The suite's own files are beside its devbox.
+                Some(socket) => socket.starts_with(&self.devbox) || socket.starts_with(self.devbox.with_extension("d")),
                 None => {
                     self.others.is_empty()
                         || path.file_name().is_some_and(|id| id.to_string_lossy().starts_with(PREFIX))

@@ -6,12 +6,18 @@ use std::path::PathBuf;
 use clap::{Parser, Subcommand};
 use clap_complete::Shell;
 
-/// Containers in microVMs: checks this host, and shows what runs on it.
+use crate::oci::args as oci;
+
+/// Containers in microVMs: runs OCI bundles, checks this host, and shows what runs on it.
 ///
-/// Containers are run with containerd's clients (ctr, nerdctl, crictl) and the runtime io.containerd.vz.v2.
+/// With containerd, containers are run by its clients (ctr, nerdctl, crictl) and the runtime io.containerd.vz.v2. Without
+/// it, by `vz run`, and by whatever calls runc: the command line is the same (podman --runtime).
 #[derive(Debug, Parser)]
 #[command(name = "vz", version, max_term_width = 100)]
 pub struct Args {
+    /// For containers.
+    #[command(flatten)]
+    pub containers: oci::Global,
     /// What to do.
     #[command(subcommand)]
     pub command: Command,
@@ -32,8 +38,47 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// List the sandboxes that live on this host, with their machines and processes.
+    /// Run a container from a bundle, without containerd, and end with its exit status.
+    ///
+    /// The container gets this command's standard streams and signals. Its bundle is a directory with a config.json and
+    /// a root file system, such as `runc spec` and `umoci unpack` make.
+    Run(oci::Run),
+    /// Run a further process in a running container.
+    Exec(oci::Exec),
+    /// Make a container from a bundle, ready to be started.
+    Create(oci::New),
+    /// Start a container that has been made.
+    Start(oci::Named),
+    /// Write what a container is, as JSON.
+    State(oci::Named),
+    /// Send a signal to a container.
+    Kill(oci::Kill),
+    /// Take away a container that has ended, or was never started.
+    Delete(oci::Delete),
+    /// List the containers of `vz run` and `vz create`.
+    #[command(visible_alias = "ls")]
+    List(oci::List),
+    /// Stop all processes of a container for a while.
+    #[command(hide = true)]
+    Pause(oci::Named),
+    /// Let a container's processes go on.
+    #[command(hide = true)]
+    Resume(oci::Named),
+    /// Write what this runtime can do, as JSON.
+    Features,
+    /// List the sandboxes that live on this host, with their machines and processes; or a container's processes.
+    ///
+    /// A sandbox can be containerd's, or one of `vz run` and `vz create`. Of a container those processes are shown that
+    /// it has on the host: one for its first process, one for each of `vz exec`.
     Ps {
+        /// A container of `vz run` or `vz create`.
+        container: Option<String>,
+        /// Options for ps(1), `-ef` without any.
+        #[arg(value_name = "PS_OPTION", requires = "container", trailing_var_arg = true, allow_hyphen_values = true)]
+        options: Vec<String>,
+        /// table, or json; of a container's processes that is their pids.
+        #[arg(long, short, value_name = "FORMAT", default_value = "table")]
+        format: oci::Format,
         /// Write JSON.
         #[arg(long)]
         json: bool,

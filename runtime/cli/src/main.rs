@@ -1,4 +1,4 @@
-//! `vz`: checks a host for the runtime `io.containerd.vz.v2`, and shows what runs on it.
+//! `vz`: runs OCI bundles, checks a host for the runtime `io.containerd.vz.v2`, and shows what runs on it.
 
 use std::{
     io::{self, Write},
@@ -11,17 +11,41 @@ use clap::{CommandFactory, Parser};
 mod args;
 mod check;
 mod linux;
+mod oci;
 mod sandboxes;
 mod table;
 
 use args::{Args, Command, System};
+use oci::{Verb, args::Format};
 
 fn main() -> ExitCode {
-    let done = match Args::parse().command {
-        Command::Check { probe, json } => check::run(probe, json),
-        Command::Ps { json } => {
-            sandboxes::list(json).and_then(|text| print(text.as_bytes())).map(|()| ExitCode::SUCCESS)
+    if std::env::args_os().nth(1).is_some_and(|verb| verb == oci::keeper::VERB) {
+        return oci::keeper::main();
+    }
+    let Args { containers, command } = Args::parse();
+    let container = |verb| {
+        let (text, status) = oci::run(&containers, verb)?;
+        print(text.as_bytes()).map(|()| ExitCode::from(status))
+    };
+    let done = match command {
+        Command::Run(options) => container(Verb::Run(options)),
+        Command::Exec(options) => container(Verb::Exec(options)),
+        Command::Create(options) => container(Verb::Create(options)),
+        Command::Start(named) => container(Verb::Start(named)),
+        Command::State(named) => container(Verb::State(named)),
+        Command::Kill(options) => container(Verb::Kill(options)),
+        Command::Delete(options) => container(Verb::Delete(options)),
+        Command::List(options) => container(Verb::List(options)),
+        Command::Pause(named) => container(Verb::Pause(named)),
+        Command::Resume(named) => container(Verb::Resume(named)),
+        Command::Features => container(Verb::Features),
+        Command::Ps { container: Some(id), options, format, json } => {
+            container(Verb::Ps(id, if json { Format::Json } else { format }, options))
         }
+        Command::Check { probe, json } => check::run(probe, json),
+        Command::Ps { container: None, format, json, .. } => sandboxes::list(json || format == Format::Json)
+            .and_then(|text| print(text.as_bytes()))
+            .map(|()| ExitCode::SUCCESS),
         Command::Logs { sandbox, .. } => {
             sandboxes::console(&sandbox).and_then(|text| print(&text)).map(|()| ExitCode::SUCCESS)
         }

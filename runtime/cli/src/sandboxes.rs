@@ -149,7 +149,7 @@ fn sandbox(namespace: &str, id: &str, journal: &str, proc: &Path) -> Option<Sand
 
 /// When a process was started, in clock ticks since boot; none where it is gone or has ended: proc_pid_stat(5), fields 3
 /// and 22.
-fn started(proc: &Path, pid: i32) -> Option<u64> {
+pub(crate) fn started(proc: &Path, pid: i32) -> Option<u64> {
     let stat = fs::read_to_string(proc.join(pid.to_string()).join("stat")).ok()?;
     // The name, field 2, may contain anything, but it ends with the last parenthesis.
     let mut fields = stat.rsplit_once(')')?.1.split_whitespace();

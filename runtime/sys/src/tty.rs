@@ -16,6 +16,16 @@ pub fn set_size(terminal: impl AsFd, columns: u16, rows: u16) -> io::Result<()> 
     Errno::result(done).map(drop).map_err(io::Error::from)
 }
 
+/// The size of a terminal: columns and rows.
+pub fn size(terminal: impl AsFd) -> io::Result<(u16, u16)> {
+    let mut size = libc::winsize { ws_row: 0, ws_col: 0, ws_xpixel: 0, ws_ypixel: 0 };
+    // SAFETY: the kernel writes one winsize, which lives for the whole call.
+    #[allow(unsafe_code)]
+    let done = unsafe { libc::ioctl(terminal.as_fd().as_raw_fd(), libc::TIOCGWINSZ, &raw mut size) };
+    Errno::result(done).map_err(io::Error::from)?;
+    Ok((size.ws_col, size.ws_row))
+}
+
 /// Makes a terminal the controlling one of the calling session leader, which has none.
 pub fn set_controlling(terminal: impl AsFd) -> io::Result<()> {
     // SAFETY: the argument is a number.
@@ -59,6 +69,7 @@ mod tests {
         unlock(&master).unwrap();
         let mut slave = File::from(open_slave(&master).unwrap());
         set_size(&master, 132, 43).unwrap();
+        assert_eq!(size(&slave).unwrap(), (132, 43));
         slave.write_all(b"hello").unwrap();
         let mut said = [0; 5];
         master.read_exact(&mut said).unwrap();

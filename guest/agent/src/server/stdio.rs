@@ -67,8 +67,7 @@ pub async fn output(ends: Ends, stream: Stream, link: Arc<Link>, key: Key) {
         if sent.is_ok() {
             return shutdown_fd(&host, Shutdown::Write);
         }
-        // The host has gone away; the process shall not be stopped by that.
-        discard(&process).await?;
+        // The host does not want more: the process finds its pipe broken, as it would with the reader itself.
         sent
     };
     finish(copied.await, &link, key, stream);
@@ -88,7 +87,7 @@ pub async fn terminal(host: OwnedFd, terminal: Terminal, link: Arc<Link>, key: K
         let shown = async {
             let sent = shuttle(&terminal, &host).await;
             if sent.is_err() {
-                discard_terminal(&terminal).await?;
+                discard(&terminal).await?;
             }
             sent
         };
@@ -201,10 +200,6 @@ async fn discard(from: &AsyncFd<OwnedFd>) -> io::Result<()> {
     let mut buffer = vec![0; 64 * 1024];
     while read_some(from, &mut buffer).await? > 0 {}
     Ok(())
-}
-
-async fn discard_terminal(terminal: &Terminal) -> io::Result<()> {
-    discard(terminal).await
 }
 
 #[cfg(test)]

@@ -18,6 +18,7 @@ mod machine;
 mod net;
 mod net_faults;
 mod net_same;
+mod oci;
 mod options;
 mod run;
 mod stdio;
@@ -38,6 +39,7 @@ fn main() -> ExitCode {
         escape::TESTS,
         hostile::TESTS,
         cli::TESTS,
+        oci::TESTS,
         machine::TESTS,
         crash::TESTS,
         net::TESTS,
