@@ -1,7 +1,8 @@
 //! A container's process on the host: the pid that every reply names.
 //!
 //! Clients dereference a task's pid (`/proc/PID/ns/net`, `/proc/PID/root`), so each container has this process, in its
-//! network namespace and with its root file system as root. It does nothing but wait for its end.
+//! network namespace and with its root file system as root. It does nothing but wait for its end. Its pid namespace is its
+//! own, and so is what it has at /proc: whoever lists the container's processes there finds one.
 //!
 //! It ends when nobody holds the other end of its channel any more. The shim does, and so do the hooks that it runs: one
 //! that connects the container must find the network namespace there to its end, even if the shim is killed meanwhile, for
@@ -16,6 +17,7 @@ use std::{
 };
 
 use nix::{
+    errno::Errno,
     mount::{MntFlags, MsFlags, mount, umount2},
     sched::{CloneFlags, setns},
     unistd::{chdir, pivot_root},
@@ -65,7 +67,7 @@ impl Anchor {
             args: vec![c"vz-anchor".into(), c"anchor".into(), rootfs_arg],
             env: Vec::new(),
             fds: vec![(theirs.as_fd(), CHANNEL_FD), (netns, NETNS_FD)],
-            namespaces: CloneFlags::CLONE_NEWNS,
+            namespaces: CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWPID,
             // Its channel tells.
             outlives_parent: true,
         }
@@ -128,7 +130,7 @@ pub fn main(rootfs: &Path) -> ExitCode {
 
 fn enter(rootfs: &Path, netns: OwnedFd) -> Result<(), (&'static str, io::Error)> {
     const NONE: Option<&str> = None;
-    let step = |name: &'static str| move |e: nix::errno::Errno| (name, io::Error::from(e));
+    let step = |name: &'static str| move |e: Errno| (name, io::Error::from(e));
     nix::sys::prctl::set_name(c"vz-anchor").map_err(step("set name"))?;
     setns(netns, CloneFlags::CLONE_NEWNET).map_err(step("enter network namespace"))?;
     mount(NONE, "/", NONE, MsFlags::MS_PRIVATE | MsFlags::MS_REC, NONE).map_err(step("make mounts private"))?;
@@ -136,5 +138,11 @@ fn enter(rootfs: &Path, netns: OwnedFd) -> Result<(), (&'static str, io::Error)>
     chdir(rootfs).map_err(step("enter"))?;
     pivot_root(".", ".").map_err(step("pivot root"))?;
     umount2(".", MntFlags::MNT_DETACH).map_err(step("detach old root"))?;
-    chdir("/").map_err(step("enter root"))
+    chdir("/").map_err(step("enter root"))?;
+    let flags = MsFlags::MS_NODEV | MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC;
+    match mount(Some("proc"), "/proc", Some("proc"), flags, NONE) {
+        // An image without the directory (the guest has its own), or one that is a link in it.
+        Err(Errno::ENOENT | Errno::ENOTDIR) => Ok(()),
+        other => other.map_err(step("mount proc")),
+    }
 }

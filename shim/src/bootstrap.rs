@@ -401,14 +401,14 @@ fn print(bytes: &[u8]) -> Result<(), Error> {
 /// Takes away everything that the sandbox in `dir` owns, and runs the hooks that are due then.
 fn take_away(dir: &Path) -> Result<(), Error> {
     let mut bundles = Vec::new();
-    Journal::unwind(dir, |bundle| bundles.push(bundle.to_owned()))?;
+    Journal::unwind(dir, |id, bundle| bundles.push((id.to_owned(), bundle.to_owned())))?;
     if bundles.is_empty() {
         return Ok(());
     }
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(fail("start runtime for hooks"))?;
-    for bundle in bundles {
-        runtime.block_on(hooks::poststop(&bundle, None));
+    for (id, bundle) in bundles {
+        runtime.block_on(hooks::poststop(&id, &bundle, None));
     }
     Ok(())
 }

@@ -264,7 +264,7 @@ pub async fn delete(sandbox: &Arc<Sandbox>, container: &Arc<Container>) -> Resul
 
 async fn finish_hooks(sandbox: &Sandbox, container: &Container) {
     let Some(resource) = container.poststop.clone() else { return };
-    hooks::poststop(&container.bundle, Some(&sandbox.journal)).await;
+    hooks::poststop(&container.id, &container.bundle, Some(&sandbox.journal)).await;
     if let Err(error) = sandbox.journal.gone(resource) {
         tracing::error!(container = container.id, error = chain(&error), "write journal");
     }

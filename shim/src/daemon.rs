@@ -51,7 +51,7 @@ pub fn main(flags: &Flags) -> ExitCode {
         Ok(prepared) => prepared,
         Err(error) => {
             let dir = Journal::dir(&flags.namespace, &flags.id);
-            if let Err(error) = Journal::unwind(&dir, |_| ()) {
+            if let Err(error) = Journal::unwind(&dir, |_, _| ()) {
                 tracing::error!(error = chain(&error), "clean up");
             }
             return refuse(report, &chain(&error));
@@ -128,7 +128,7 @@ async fn serve(identity: Identity, prepared: Prepared, listener: UnixListener) -
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!(error = chain(&error), "serve");
-            if let Err(error) = Journal::unwind(&dir, |_| ()) {
+            if let Err(error) = Journal::unwind(&dir, |_, _| ()) {
                 tracing::error!(error = chain(&error), "clean up");
             }
             ExitCode::FAILURE

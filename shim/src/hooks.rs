@@ -92,9 +92,9 @@ pub async fn run(
     Ok(())
 }
 
-/// Runs the poststop hooks of a bundle, with its failures logged only, as the runtime spec says. Without a journal where that
+/// Runs the poststop hooks of a container's bundle, with its failures logged only, as the runtime spec says. Without a journal where that
 /// has been replayed.
-pub async fn poststop(bundle: &Path, journal: Option<&Journal>) {
+pub async fn poststop(id: &str, bundle: &Path, journal: Option<&Journal>) {
     let spec = match Spec::load(bundle.join("config.json")) {
         Ok(spec) => spec,
         Err(error) => {
@@ -103,9 +103,8 @@ pub async fn poststop(bundle: &Path, journal: Option<&Journal>) {
         }
     };
     let Some(hooks) = spec.hooks().as_ref().and_then(|hooks| hooks.poststop().clone()) else { return };
-    let id = bundle.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let annotations = spec.annotations().clone().unwrap_or_default();
-    let context = Context { id, bundle: bundle.to_owned(), pid: 0, annotations, hold: None };
+    let context = Context { id: id.to_owned(), bundle: bundle.to_owned(), pid: 0, annotations, hold: None };
     for hook in &hooks {
         if let Err(error) = one("poststop", hook, &context, ContainerState::Stopped, journal).await {
             tracing::warn!(error = %crate::error::chain(&error), "poststop hook");

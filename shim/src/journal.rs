@@ -204,7 +204,7 @@ impl Journal {
     ///
     /// `poststop` runs a container's hooks. The caller itself may be in the journal; it is passed over. No directory is
     /// no error.
-    pub fn unwind(dir: &Path, mut poststop: impl FnMut(&Path)) -> Result<(), Error> {
+    pub fn unwind(dir: &Path, mut poststop: impl FnMut(&str, &Path)) -> Result<(), Error> {
         for resource in read(dir)?.into_iter().rev() {
             match resource {
                 Resource::Process { role, pid, start_time } => kill(&role, pid, start_time)?,
@@ -216,7 +216,7 @@ impl Journal {
                 }
                 Resource::Socket { path } => remove(&path, fs::remove_file)?,
                 Resource::Redirect { netns, index, link } => take_back(&netns, index, &link)?,
-                Resource::Poststop { bundle, .. } => poststop(&bundle),
+                Resource::Poststop { id, bundle } => poststop(&id, &bundle),
             }
         }
         let entries = match fs::read_dir(dir) {
@@ -382,11 +382,11 @@ mod tests {
         fs::write(dir.join("console.log"), "x").unwrap();
         journal.made(Resource::Poststop { id: "c1".into(), bundle: "/b".into() }).unwrap();
         let mut hooks = Vec::new();
-        Journal::unwind(&dir, |bundle| hooks.push(bundle.to_owned())).unwrap();
-        assert_eq!(hooks, [Path::new("/b")]);
+        Journal::unwind(&dir, |id, bundle| hooks.push((id.to_owned(), bundle.to_owned()))).unwrap();
+        assert_eq!(hooks, [("c1".to_owned(), PathBuf::from("/b"))]);
         assert!(!child.wait().unwrap().success());
         assert!(!dir.exists() && !socket.exists() && !root.path().join("default").exists());
-        Journal::unwind(&dir, |_| panic!("nothing is left")).unwrap();
+        Journal::unwind(&dir, |_, _| panic!("nothing is left")).unwrap();
     }
 
     #[test]
@@ -399,7 +399,7 @@ mod tests {
         let mut hook =
             Command::new("sh").args(["-c", &format!("sleep 0.3; touch {}", done.display())]).spawn().unwrap();
         journal.hook(i32::try_from(hook.id()).unwrap()).unwrap();
-        Journal::unwind(&dir, |_| assert!(done.exists())).unwrap();
+        Journal::unwind(&dir, |_, _| assert!(done.exists())).unwrap();
         assert!(hook.wait().unwrap().success());
     }
 
@@ -411,7 +411,7 @@ mod tests {
         let hook = Resource::Poststop { id: "c1".into(), bundle: "/b".into() };
         journal.made(hook.clone()).unwrap();
         journal.gone(hook).unwrap();
-        Journal::unwind(&dir, |_| panic!("it is gone")).unwrap();
+        Journal::unwind(&dir, |_, _| panic!("it is gone")).unwrap();
     }
 
     #[test]
@@ -444,7 +444,7 @@ mod tests {
         assert_eq!(Journal::living_shim(&dir).unwrap(), None);
         child.wait().unwrap();
         assert_eq!(Journal::living_shim(&dir).unwrap(), None);
-        Journal::unwind(&dir, |_| ()).unwrap();
+        Journal::unwind(&dir, |_, _| ()).unwrap();
     }
 
     #[test]
@@ -453,7 +453,7 @@ mod tests {
         let dir = root.path().join("ns").join("c1");
         let journal = Journal::create(&dir).unwrap();
         (&journal.file).write_all(b"{\"made\":{\"kind\":\"sock").unwrap();
-        Journal::unwind(&dir, |_| ()).unwrap();
+        Journal::unwind(&dir, |_, _| ()).unwrap();
         assert!(!dir.exists());
     }
 
@@ -463,7 +463,7 @@ mod tests {
         let dir = root.path().join("ns").join("c1");
         Journal::create(&dir).unwrap();
         fs::create_dir_all(dir.join("share").join("precious")).unwrap();
-        assert!(Journal::unwind(&dir, |_| ()).is_err());
+        assert!(Journal::unwind(&dir, |_, _| ()).is_err());
         assert!(dir.join("share").join("precious").exists());
     }
 }

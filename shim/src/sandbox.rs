@@ -447,11 +447,13 @@ impl Sandbox {
     pub async fn destroy(&self) {
         self.end_vm().await;
         let mut bundles = Vec::new();
-        if let Err(error) = Journal::unwind(self.journal.path(), |bundle| bundles.push(bundle.to_owned())) {
+        if let Err(error) =
+            Journal::unwind(self.journal.path(), |id, bundle| bundles.push((id.to_owned(), bundle.to_owned())))
+        {
             tracing::error!(error = chain(&error), "clean up");
         }
-        for bundle in bundles {
-            hooks::poststop(&bundle, None).await;
+        for (id, bundle) in bundles {
+            hooks::poststop(&id, &bundle, None).await;
         }
     }
 }

@@ -4,7 +4,7 @@ use std::{
     error::Error,
     fs, io,
     path::{Path, PathBuf},
-    process::{Command, Stdio},
+    process::Command,
 };
 
 use serde::Serialize;
@@ -17,6 +17,7 @@ use vz_linux::{
 use crate::{
     args::{Linux, Place},
     check::chain,
+    progress::Progress,
     table::{Style, colours, columns},
 };
 
@@ -49,6 +50,7 @@ fn find(place: &Place) -> io::Result<PathBuf> {
 
 fn init(place: &Place, from: Option<&Path>) -> io::Result<String> {
     let profile = profile(place)?;
+    let _progress = Progress::begin(&format!("install {profile} bundle"));
     let Some(from) = from else {
         let options =
             KernelBundleOptions { profile, install_dir: place.dir.as_deref(), ..KernelBundleOptions::default() };
@@ -173,14 +175,14 @@ fn build(place: &Place, source: &Path) -> io::Result<String> {
     }
     let out = fs::canonicalize(source)?.join("out");
     // Its words are about progress, and standard output is for the result.
-    let done = Command::new("make")
-        .arg("-C")
+    let mut make = Command::new("make");
+    make.arg("-C")
         .arg(source)
         .arg("bundle")
         .arg(format!("KERNEL_PROFILE={profile}"))
-        .arg(format!("OUT={}", out.display()))
-        .stdout(Stdio::from(io::stderr()))
-        .status()
+        .arg(format!("OUT={}", out.display()));
+    let done = Progress::begin(&format!("build {profile} bundle"))
+        .run(&mut make)
         .map_err(|e| io::Error::new(e.kind(), format!("run make: {e}")))?;
     if !done.success() {
         return Err(io::Error::other(format!("make bundle KERNEL_PROFILE={profile} failed: {done}")));

@@ -12,6 +12,7 @@ mod args;
 mod check;
 mod linux;
 mod oci;
+mod progress;
 mod sandboxes;
 mod table;
 

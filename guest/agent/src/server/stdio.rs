@@ -292,14 +292,14 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_process_is_not_stopped_by_a_host_that_has_gone() {
+    async fn a_process_is_told_that_nobody_wants_its_output() {
         let (link, _init) = link();
         let (near, host) = UnixStream::pair().unwrap();
         drop(near);
         let (process, writer) = nix::unistd::pipe2(OFlag::O_CLOEXEC).unwrap();
-        let writes = tokio::task::spawn_blocking(move || File::from(writer).write_all(&[7; 1_000_000]).unwrap());
+        let writes = tokio::task::spawn_blocking(move || File::from(writer).write_all(&[7; 1_000_000]));
         output(Ends { host: host.into(), process }, Stream::Stdout, link, key()).await;
-        writes.await.unwrap();
+        assert_eq!(writes.await.unwrap().unwrap_err().kind(), io::ErrorKind::BrokenPipe);
     }
 
     #[tokio::test]

@@ -24,7 +24,7 @@ use std::{
 };
 
 use nix::{
-    sched::{CloneFlags, setns},
+    sched::CloneFlags,
     sys::memfd::{MFdFlags, memfd_create},
     unistd::{UnlinkatFlags, unlinkat},
 };
@@ -43,6 +43,8 @@ use vz_sys::{
 use super::{
     error::Error,
     known::Known,
+    place,
+    spec::Bundle,
     state::{Dir, State, replace},
     stdio::{Copies, Stdio},
     task::{Task, runtime},
@@ -210,14 +212,14 @@ impl Kept<'_> {
         let execs = UnixListener::bind(dir.short("exec")).map_err(Error::at("listen on", dir.path().join("exec")))?;
         let _daemon = start_daemon(dir, &state, debug, kernel_profile)?;
         env::set_current_dir("/").map_err(Error::at("enter", "/"))?;
+        let mounts = Bundle::read(&state.bundle)?.config.mounts.unwrap_or_default();
+        let volumes = place::volumes(&mounts)?;
         runtime()?.block_on(async {
             let task = Task::connect(dir).await?;
             let signals = signals()?;
             let bundle = state.bundle.to_string_lossy();
             let anchor = task.create(&bundle, stdio.addresses()).await?;
-            // Still without threads: both are about the whole process.
-            super::place::join_cgroups(anchor).map_err(Error::step("join the container's cgroup"))?;
-            enter(anchor)?;
+            place::join(anchor, &volumes)?;
             let copies = stdio.begin()?;
             if start {
                 task.start("").await?;
@@ -282,6 +284,8 @@ impl Kept<'_> {
             }
         };
         copies.finish();
+        // The daemon ends with us. It answers in turn: this is the last answer, after those of all who wait for this end.
+        let _ = task.status().await;
         Ok(status)
     }
 
@@ -318,19 +322,6 @@ fn signals() -> Result<mpsc::UnboundedReceiver<i32>, Error> {
         tokio::spawn(async move { while stream.recv().await.is_some() && to.send(number).is_ok() {} });
     }
     Ok(from)
-}
-
-/// Into the network and mount namespaces of the anchor, so that whoever enters those of the keeper finds the container's.
-///
-/// From here on no path means what it meant.
-fn enter(anchor: u32) -> Result<(), Error> {
-    let open = |kind: &str| {
-        let path = format!("/proc/{anchor}/ns/{kind}");
-        File::open(&path).map_err(Error::at("open", path))
-    };
-    let (net, mnt) = (open("net")?, open("mnt")?);
-    setns(net, CloneFlags::CLONE_NEWNET).map_err(Error::step("enter the container's network namespace"))?;
-    setns(mnt, CloneFlags::CLONE_NEWNS).map_err(Error::step("enter the container's mount namespace"))
 }
 
 /// Takes away exec processes whose keepers have ended.

@@ -368,6 +368,8 @@ fn kill(root: &Path, options: &args::Kill) -> Result<(), Error> {
         Err(Error::Said(said)) if said.contains("process already finished") => {
             Err(Error::NotRunning(options.id.clone()))
         }
+        // The container has ended, and its daemon with it, before that could answer.
+        Err(Error::Task { .. }) if !state.init.is_some_and(Known::lives) => Ok(()),
         other => other,
     })
 }

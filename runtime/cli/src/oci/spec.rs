@@ -37,6 +37,32 @@ pub struct Config {
     /// Annotations.
     #[serde(default)]
     pub annotations: Option<BTreeMap<String, String>>,
+    /// Mounts.
+    #[serde(default)]
+    pub mounts: Option<Vec<Mount>>,
+}
+
+/// A mount.
+#[derive(Debug, Deserialize)]
+pub struct Mount {
+    /// Where the container sees it.
+    pub destination: PathBuf,
+    /// What is mounted.
+    #[serde(default)]
+    pub source: Option<PathBuf>,
+    /// The type of file system.
+    #[serde(default, rename = "type")]
+    pub kind: Option<String>,
+    /// Options.
+    #[serde(default)]
+    pub options: Option<Vec<String>>,
+}
+
+impl Mount {
+    /// Whether it has an option.
+    pub fn has(&self, name: &str) -> bool {
+        self.options.iter().flatten().any(|option| option == name)
+    }
 }
 
 /// A root file system.
