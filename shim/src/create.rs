@@ -11,6 +11,7 @@ use vz_proto::{ContainerRequest, CreateContainerRequest, ExecProcessRequest, STR
 use crate::{
     anchor::Anchor,
     container::{Container, Exit, Process, State},
+    copyup,
     error::{Error, chain},
     hooks::{self, Context},
     io::{self, Guest, Stdio},
@@ -69,11 +70,12 @@ async fn host_side(sandbox: &Arc<Sandbox>, request: &CreateTaskRequest) -> Resul
     let annotations = spec::annotations(&spec);
     sandbox.network.check(&spec)?;
     let root = spec.root().as_ref().map(|root| bundle.join(root.path())).unwrap_or_default();
-    let plan = spec::plan(spec, &request.id)?;
+    let mut plan = spec::plan(spec, &request.id)?;
     for field in &plan.dropped {
         tracing::info!(container = request.id, field, "has no meaning in a vm, is left out");
     }
     sandbox.share.mount_rootfs(&request.id, &request.rootfs, &root)?;
+    copyup::settle(&mut plan.guest, &sandbox.share.rootfs(&request.id))?;
     for bind in &plan.binds {
         sandbox.share.bind(bind)?;
     }

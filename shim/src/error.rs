@@ -70,6 +70,9 @@ pub enum Error {
     /// The spec asks for what a VM cannot give.
     #[error(transparent)]
     Spec(#[from] crate::spec::Error),
+    /// A tmpfs that is to have what the image has there.
+    #[error(transparent)]
+    CopyUp(#[from] crate::copyup::Error),
     /// The configuration.
     #[error(transparent)]
     Config(#[from] vz_config::Error),

@@ -11,6 +11,7 @@ mod anchor;
 mod bootstrap;
 mod cgroup;
 mod container;
+mod copyup;
 mod create;
 mod daemon;
 mod error;

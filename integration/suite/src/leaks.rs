@@ -264,8 +264,9 @@ impl Look {
             }
         });
         for path in found {
-            // containerd's clients put containers below a cgroup of their namespace's name, and leave that.
-            let keeps = path.file_name().is_some_and(|name| name == "default" || name == "k8s.io");
+            // containerd's clients put containers below a cgroup of their namespace's name, and leave that; podman likewise.
+            let kept = ["default", "k8s.io", "libpod_parent", "conmon"];
+            let keeps = path.file_name().is_some_and(|name| kept.iter().any(|kept| name == *kept));
             let procs = fs::read_to_string(path.join("cgroup.procs")).unwrap_or_default();
             let pids: Vec<i32> = procs.lines().filter_map(|line| line.parse().ok()).collect();
             let others = !pids.is_empty() && !pids.iter().any(|pid| self.is_ours(*pid));
@@ -286,7 +287,8 @@ impl Look {
     }
 
     fn files(&mut self) {
-        for name in names(Path::new("/dev/shm")) {
+        // podman's locks are there for good.
+        for name in names(Path::new("/dev/shm")).into_iter().filter(|name| name != "libpod_lock") {
             self.add("shared memory", format_args!("/dev/shm/{name}"));
         }
         for dir in [self.devbox.join("run"), "/run/containerd/s".into(), self.devbox.join("state")] {

@@ -407,7 +407,11 @@ fn delete(root: &Path, id: &str, force: bool) -> Result<(), Error> {
     if !dir.path().exists() {
         return if force { Ok(()) } else { Err(Error::Missing(id.to_owned())) };
     }
-    let state = dir.read()?;
+    let state = match dir.read() {
+        // One that cannot be read is in nobody's way.
+        Err(Error::Json { .. }) if force => None,
+        other => other?,
+    };
     if let (Some(state), false) = (&state, force) {
         match status(&dir, state) {
             "stopped" | "created" => {}
@@ -420,7 +424,10 @@ fn delete(root: &Path, id: &str, force: bool) -> Result<(), Error> {
 
 /// Ends all that lives of a container, and takes away all that it has. The caller has the lock.
 fn take_away(root: &Path, dir: &Dir, shim: &Path) -> Result<(), Error> {
-    let state = dir.read()?;
+    let state = match dir.read() {
+        Err(Error::Json { .. }) => None,
+        other => other?,
+    };
     if let Some(init) = state.as_ref().and_then(|state| state.init) {
         init.end().map_err(Error::step("end the container's keeper"))?;
     }
