@@ -88,7 +88,7 @@ pub struct Args {
     pub guest_logs: Option<usize>,
     /// Run this in the guest after each boot, and print what it says, to standard error.
     ///
-    /// With BusyBox's shell, in a container that has the VM's devices; with --rootfs-dir, in that root file system. A
+    /// With BusyBox's shell, in a container that may read the kernel's log; with --rootfs-dir, in that root file system. A
     /// command that fails is told of and is no failure of the boot.
     #[arg(long, value_name = "COMMAND")]
     pub guest_log_command: Option<String>,
@@ -104,7 +104,7 @@ pub struct Args {
     pub retry_log_every: NonZeroU32,
     /// Boot into this root file system instead of the agent.
     ///
-    /// The directory is shared as virtiofs, tag rootfs; init mounts it below an overlay that takes what is written, and runs
+    /// The directory, without what is mounted below it, is shared as virtiofs, tag rootfs; init mounts it below an overlay that takes what is written, and runs
     /// a first program in it by chroot.
     #[arg(long, value_name = "DIR")]
     pub rootfs_dir: Option<PathBuf>,

@@ -150,7 +150,8 @@ impl Workshop {
         unshare(CloneFlags::CLONE_NEWNS).map_err(host("make a mount namespace"))?;
         mount(NONE, "/", NONE, MsFlags::MS_REC | MsFlags::MS_PRIVATE, NONE).map_err(host("make mounts private"))?;
         let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
-        mount(Some("vz-linux-bench"), dir.path(), Some("tmpfs"), flags, Some("mode=755")).map_err(host("mount a tmpfs"))?;
+        mount(Some("vz-linux-bench"), dir.path(), Some("tmpfs"), flags, Some("mode=755"))
+            .map_err(host("mount a tmpfs"))?;
         Ok(Self { dir })
     }
 
@@ -167,7 +168,8 @@ impl Workshop {
             return Ok(share);
         }
         fs::create_dir(&share).map_err(|source| Error::Host { action: "make the share", source })?;
-        let bound = mount(Some(rootfs.unwrap_or(&share)), &share, NONE, MsFlags::MS_BIND | MsFlags::MS_REC, NONE);
+        // Without what is mounted below it: an overlay takes no other file systems' directories for its own.
+        let bound = mount(Some(rootfs.unwrap_or(&share)), &share, NONE, MsFlags::MS_BIND, NONE);
         bound.map_err(host("bind the root file system"))?;
         mount(NONE, &share, NONE, MsFlags::MS_SHARED, NONE).map_err(host("make the share a shared mount"))?;
         Ok(share)
@@ -224,7 +226,7 @@ pub async fn boot(workshop: &Workshop, subject: &Subject, plan: &Plan) -> Result
     let mut vm = Vm::start(config, wire.as_ref().map(|wire| wire.taps.as_slice()).unwrap_or_default())?;
     let run = async {
         if plan.rootfs.is_some() {
-            to_chroot(&mut vm, &state_dir).await
+            to_chroot(&mut vm, plan, &state_dir).await
         } else {
             to_hello(&mut vm, subject, plan, wire.as_ref(), begun).await
         }
@@ -234,10 +236,11 @@ pub async fn boot(workshop: &Workshop, subject: &Subject, plan: &Plan) -> Result
     tokio::time::timeout(limit, run).await.map_err(|_| Error::Timeout(plan.timeout))?
 }
 
-async fn to_chroot(vm: &mut Vm, state_dir: &Path) -> Result<Boot, Error> {
+async fn to_chroot(vm: &mut Vm, plan: &Plan, state_dir: &Path) -> Result<Boot, Error> {
     match vm.ended().await {
         // Init resets the machine when it has reported; no agent connects.
         vm::Error::Ended(ended) if ended.cause == Cause::Shutdown => {}
+        vm::Error::Ended(ended) if ended.cause == Cause::BootTimeout => return Err(Error::Timeout(plan.timeout)),
         other => return Err(other.into()),
     }
     let console = fs::read(state_dir.join("console.log"))
@@ -285,7 +288,8 @@ async fn fetch(
 ) -> Result<Fetch, Error> {
     // The URL has neither blanks nor control characters; what the shell knows is quoted.
     let quoted = url.guest.replace('\'', "'\\''");
-    let command = format!("wget -q -T {} -O /tmp/got '{quoted}' && wc -c </tmp/got", plan.timeout.as_secs().max(1));
+    // No -T: Debian's static BusyBox crashes with it.
+    let command = format!("wget -q -O /tmp/got '{quoted}' && wc -c </tmp/got");
     let mut attempts = 0;
     let mut said = String::from("nothing");
     loop {
@@ -300,6 +304,9 @@ async fn fetch(
             && let Some(bytes) = said.lines().last().and_then(|line| line.trim().parse().ok())
         {
             return Ok(Fetch { bytes, attempts });
+        }
+        if let Some(why) = wire.failure() {
+            said = format!("{said} ({why})");
         }
         if attempts % plan.retry_log_every == 0 {
             eprintln!("vz-linux-bench: fetch of {}, attempt {attempts}: {said}", url.guest);

@@ -87,7 +87,8 @@ mod tests {
             found.push((name, field(0), field(1), bytes[content..content + field(6)].to_vec()));
             at = (content + field(6)).next_multiple_of(ALIGNMENT);
         }
-        let member = |name: &str, inode, mode, content: &str| (name.to_owned(), inode, mode, content.as_bytes().to_vec());
+        let member =
+            |name: &str, inode, mode, content: &str| (name.to_owned(), inode, mode, content.as_bytes().to_vec());
         let wanted = [
             member("d", 1, 0o040_755, ""),
             member("d/f", 2, 0o100_644, "12345"),

@@ -42,7 +42,9 @@ pub enum Error {
     #[error("the guest agent closed its connection without {0}")]
     Closed(&'static str),
     /// It is not the agent of the bundle.
-    #[error("the guest agent has version {found:?}, the guest bundle names {wanted:?}: build or install the bundle again")]
+    #[error(
+        "the guest agent has version {found:?}, the guest bundle names {wanted:?}: build or install the bundle again"
+    )]
     Version {
         /// What it says.
         found: String,
@@ -57,8 +59,16 @@ pub enum Error {
     Request {
         /// Which.
         what: &'static str,
-        /// What the agent said.
+        /// What is wrong with the connection.
         source: Box<ttrpc::Error>,
+    },
+    /// A request that the agent refused, in its own words.
+    #[error("{what} in the guest: {said}")]
+    Refused {
+        /// Which.
+        what: &'static str,
+        /// What the agent said.
+        said: String,
     },
     /// A command's output.
     #[error("read output of the guest's command")]
@@ -119,7 +129,7 @@ impl Guest {
     }
 
     /// Runs a command with BusyBox's shell, in a container whose root file system [`crate::subject::busybox`] has made,
-    /// with all of the VM's devices and privileges. `network` is what the containers are to have, nothing for what there is.
+    /// with the VM's log and most privileges. `network` is what the containers are to have, nothing for what there is.
     pub async fn run(&mut self, vm: &mut Vm, command: &str, network: &[u8], limit: Duration) -> Result<Output, Error> {
         self.containers += 1;
         let id = format!("bench-{}", self.containers);
@@ -137,7 +147,12 @@ impl Guest {
         let start = ContainerRequest { container_id: id.clone(), ..Default::default() };
         let process = ProcessRequest { container_id: id, ..Default::default() };
         let context = || context::with_timeout(i64::try_from(limit.as_nanos()).unwrap_or(i64::MAX));
-        let failed = |what| move |source| Error::Request { what, source: Box::new(source) };
+        let failed = |what| {
+            move |error| match error {
+                ttrpc::Error::RpcStatus(status) => Error::Refused { what, said: status.message().to_owned() },
+                source => Error::Request { what, source: Box::new(source) },
+            }
+        };
         let client = self.client.clone();
         let run = async {
             client.create_container(context(), &create).await.map_err(failed("create a container"))?;
@@ -179,7 +194,15 @@ fn token() -> io::Result<String> {
 
 fn spec(command: &str) -> serde_json::Value {
     let bind = |path: &str| json!({ "destination": path, "type": "bind", "source": path, "options": ["rbind"] });
-    let all = ["CAP_SYSLOG", "CAP_SYS_ADMIN", "CAP_NET_ADMIN", "CAP_NET_RAW", "CAP_SYS_PTRACE", "CAP_DAC_OVERRIDE", "CAP_BPF"];
+    let all = [
+        "CAP_SYSLOG",
+        "CAP_SYS_ADMIN",
+        "CAP_NET_ADMIN",
+        "CAP_NET_RAW",
+        "CAP_SYS_PTRACE",
+        "CAP_DAC_OVERRIDE",
+        "CAP_BPF",
+    ];
     json!({
         "ociVersion": "1.0.2",
         "process": {
@@ -193,7 +216,8 @@ fn spec(command: &str) -> serde_json::Value {
         "root": { "path": Path::new("/").join(PLACE) },
         "mounts": [
             { "destination": "/proc", "type": "proc", "source": "proc" },
-            bind("/dev"),
+            { "destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "mode=755"] },
+            bind("/dev/kmsg"),
             bind("/sys"),
         ],
         "linux": { "namespaces": [{ "type": "mount" }, { "type": "pid" }, { "type": "network", "path": NETNS_PATH }] },

@@ -6,6 +6,7 @@ use std::{
     io,
     net::{IpAddr, Ipv4Addr, SocketAddr},
     os::fd::OwnedFd,
+    sync::{Arc, Mutex, PoisonError},
 };
 
 use netlink_packet_route::{
@@ -113,7 +114,11 @@ pub struct Wire {
     /// What the agent is told.
     pub description: Vec<u8>,
     relay: JoinHandle<()>,
+    failure: Failure,
 }
+
+/// Why the last connection could not be passed on.
+type Failure = Arc<Mutex<Option<String>>>;
 
 impl Wire {
     /// Makes it. In a runtime, which relays the connections.
@@ -122,8 +127,10 @@ impl Wire {
         let mut wiring = Wiring::open(netns)?;
         let tap = wiring.make_cards(1, 1)?.pop().ok_or(Error::NoCard)?;
         let netns = wiring.netns();
-        let mut netlink =
-            netns.run(Netlink::open).and_then(|opened| opened).map_err(|e| Error::System("enter network namespace", e))?;
+        let mut netlink = netns
+            .run(Netlink::open)
+            .and_then(|opened| opened)
+            .map_err(|e| Error::System("enter network namespace", e))?;
         let card = describe::links(&mut netlink)?.into_iter().find(|link| !link.loopback).ok_or(Error::NoCard)?;
         set_up(&mut netlink, card.index).map_err(|e| Error::System("set up network for the guest", e))?;
         let listen = || std::net::TcpListener::bind(SocketAddr::from((HOST, url.port)));
@@ -133,26 +140,22 @@ impl Wire {
             .and_then(|listener| listener.set_nonblocking(true).map(|()| listener))
             .and_then(TcpListener::from_std)
             .map_err(|e| Error::System("listen in network namespace", e))?;
-        let relay = tokio::spawn(relay(listener, (url.host.clone(), url.port)));
-        let address = Address {
-            ip: GUEST.into(),
-            prefix: PREFIX,
-            broadcast: None,
-            peer: None,
-            scope: 0,
-            no_prefix_route: false,
-        };
-        let link = Link {
-            name: "eth0".into(),
-            card: tap.mac,
-            mac: tap.mac,
-            mtu: MTU,
-            arp: true,
-            addresses: vec![address],
-        };
+        let failure = Failure::default();
+        let relay = tokio::spawn(relay(listener, (url.host.clone(), url.port), Arc::clone(&failure)));
+        let address =
+            Address { ip: GUEST.into(), prefix: PREFIX, broadcast: None, peer: None, scope: 0, no_prefix_route: false };
+        let link =
+            Link { name: "eth0".into(), card: tap.mac, mac: tap.mac, mtu: MTU, arp: true, addresses: vec![address] };
         let network = Network { links: vec![link], ..Network::default() };
         let description = serde_json::to_vec(&network).map_err(Error::Description)?;
-        Ok(Self { nic: Nic { mac: tap.mac.0, queue_pairs: 1 }, taps: tap.queues, description, relay })
+        Ok(Self { nic: Nic { mac: tap.mac.0, queue_pairs: 1 }, taps: tap.queues, description, relay, failure })
+    }
+}
+
+impl Wire {
+    /// Why a connection of the guest's could not be passed on, since this was asked last.
+    pub fn failure(&self) -> Option<String> {
+        self.failure.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 }
 
@@ -178,14 +181,17 @@ fn set_up(netlink: &mut Netlink, index: u32) -> io::Result<()> {
 }
 
 /// Connects whoever comes to the target. One that cannot be is closed, which the guest's program reports.
-async fn relay(listener: TcpListener, target: (String, u16)) {
+async fn relay(listener: TcpListener, target: (String, u16), failure: Failure) {
     while let Ok((mut guest, _)) = listener.accept().await {
-        let target = target.clone();
+        let (target, failure) = (target.clone(), Arc::clone(&failure));
         tokio::spawn(async move {
             match TcpStream::connect((target.0.as_str(), target.1)).await {
                 // Either side's failure is the end of both.
                 Ok(mut host) => drop(tokio::io::copy_bidirectional(&mut guest, &mut host).await),
-                Err(e) => eprintln!("vz-linux-bench: connect to {}:{}: {e}", target.0, target.1),
+                Err(e) => {
+                    let why = format!("connect to {}, port {}: {e}", target.0, target.1);
+                    *failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(why);
+                }
             }
         });
     }
@@ -210,7 +216,11 @@ mod tests {
 
     #[test]
     fn an_address_is_replaced_by_the_relays() {
-        for (text, host) in [("http://127.0.0.1:8000/x", "127.0.0.1"), ("http://[::1]:8000/x", "::1"), ("http://localhost:8000/x", "localhost")] {
+        for (text, host) in [
+            ("http://127.0.0.1:8000/x", "127.0.0.1"),
+            ("http://[::1]:8000/x", "::1"),
+            ("http://localhost:8000/x", "localhost"),
+        ] {
             let url = url(text);
             assert_eq!((url.guest.as_str(), url.hosts.as_str()), ("http://192.0.2.1:8000/x", ""));
             assert_eq!((url.host.as_str(), url.port), (host, 8000));
@@ -219,7 +229,19 @@ mod tests {
 
     #[test]
     fn what_is_no_url_is_refused() {
-        for text in ["", "example.org", "ftp://x/", "http://", "http:///x", "http://x:0/", "http://x:y/", "http://[::1", "http://a@b/", "http://x/ y", "http://x/\n"] {
+        for text in [
+            "",
+            "example.org",
+            "ftp://x/",
+            "http://",
+            "http:///x",
+            "http://x:0/",
+            "http://x:y/",
+            "http://[::1",
+            "http://a@b/",
+            "http://x/ y",
+            "http://x/\n",
+        ] {
             let refused = text.parse::<Url>().unwrap_err().to_string();
             assert!(refused.contains("HOST[:PORT]"), "{refused}");
         }

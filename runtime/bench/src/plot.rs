@@ -130,9 +130,11 @@ impl Drawing {
     /// `anchor`: start, middle or end.
     fn text(&mut self, x: f64, y: f64, size: u32, fill: &str, anchor: &str, text: &str) {
         let weight = if size > 13 { r#" font-weight="600""# } else { "" };
+        // Grid lines keep away from it, except where it is written on a bar.
+        let halo = if anchor == "middle" { "" } else { r#" stroke="white" stroke-width="5" paint-order="stroke""# };
         let _ = writeln!(
             self.body,
-            r#"<text x="{x:.1}" y="{y:.1}" font-size="{size}" fill="{fill}" text-anchor="{anchor}"{weight}>{}</text>"#,
+            r#"<text x="{x:.1}" y="{y:.1}" font-size="{size}" fill="{fill}" text-anchor="{anchor}"{weight}{halo}>{}</text>"#,
             escape(text)
         );
     }
@@ -171,11 +173,11 @@ pub fn svg(report: &Report) -> String {
     let mut y = 46.0;
     drawing.text(MARGIN, y, 20, INK, "start", "Where a boot's time goes");
     y += 22.0;
-    let medians = if boots == 1 { "one boot".into() } else { format!("medians of {boots} boots") };
+    let medians = if boots == 1 { "one boot".into() } else { format!("each phase's median of {boots} boots") };
     let what = format!("{}; {medians}, in {}", report.setting(), scale.unit);
     drawing.text(MARGIN, y, 13, DIM, "start", &what);
     y = timeline(&mut drawing, report, &scale, y + 18.0);
-    y = legend(&mut drawing, report, &scale, y + 52.0);
+    y = legend(&mut drawing, report, &scale, y + 62.0);
     y = distribution(&mut drawing, report, &scale, y + 42.0);
     let height = y + 20.0;
     format!(
@@ -225,7 +227,7 @@ fn legend(drawing: &mut Drawing, report: &Report, scale: &Scale, top: f64) -> f6
     let mut y = top;
     if report.subjects.len() > 1 {
         for (x, name) in COLUMNS.into_iter().zip(["first", "second"]) {
-            drawing.text(x, y - LEGEND_ROW + 6.0, 12, DIM, "end", name);
+            drawing.text(x, y - LEGEND_ROW + 2.0, 12, DIM, "end", name);
         }
     }
     for series in phases {
@@ -267,10 +269,10 @@ fn distribution(drawing: &mut Drawing, report: &Report, scale: &Scale, top: f64)
         let summary = &series.summary;
         let said = format!(
             "median {}, p90 {}, {} to {} {}",
-            number(scale.of(summary.median)),
-            number(scale.of(summary.p90)),
-            number(scale.of(summary.min)),
-            number(scale.of(summary.max)),
+            scale.show(summary.median),
+            scale.show(summary.p90),
+            scale.show(summary.min),
+            scale.show(summary.max),
             scale.unit
         );
         drawing.text(WIDTH - MARGIN, y + 18.0, 12, DIM, "end", &said);
@@ -298,7 +300,9 @@ mod tests {
 
     /// Widths of the bars of this colour, in order.
     fn widths(svg: &str, fill: &str) -> Vec<f64> {
-        let bar = |line: &&str| line.starts_with("<rect") && line.contains(&format!("fill=\"{fill}\"")) && line.contains("height=\"34.0\"");
+        let bar = |line: &&str| {
+            line.starts_with("<rect") && line.contains(&format!("fill=\"{fill}\"")) && line.contains("height=\"34.0\"")
+        };
         let width = |line: &str| line.split_once("width=\"")?.1.split_once('"')?.0.parse().ok();
         svg.lines().filter(bar).filter_map(width).collect()
     }
@@ -314,7 +318,7 @@ mod tests {
         }
         assert_eq!(widths(&svg, "#d55e00").len(), 2);
         assert_eq!(svg.matches("<circle").count(), 8);
-        assert!(svg.contains(">80.0</text>") && svg.contains("medians of 4 boots"), "{svg}");
+        assert!(svg.contains(">80.0</text>") && svg.contains("median of 4 boots"), "{svg}");
     }
 
     #[test]
@@ -323,7 +327,12 @@ mod tests {
         assert!(svg.contains("out/&lt;other&gt;") && !svg.contains("<other>"));
         let opened = svg.matches("<text").count();
         assert_eq!(opened, svg.matches("</text>").count());
-        assert!(svg.starts_with("<svg ") && svg.trim_end().ends_with("</svg>") && !svg.contains("NaN") && !svg.contains("inf"));
+        assert!(
+            svg.starts_with("<svg ")
+                && svg.trim_end().ends_with("</svg>")
+                && !svg.contains("NaN")
+                && !svg.contains("inf")
+        );
     }
 
     #[test]
@@ -343,14 +352,20 @@ mod tests {
         let axis = Axis { low: 3.0, high: 1234.0, left: 0.0, right: 100.0 };
         assert_eq!(axis.ticks(), [500.0, 1000.0]);
         let axis = Axis { low: 0.0, high: 0.55, left: 0.0, right: 100.0 };
-        assert_eq!(axis.ticks().iter().map(|tick| tick_label(*tick, 0.1)).collect::<Vec<_>>(), ["0.0", "0.1", "0.2", "0.3", "0.4", "0.5"]);
+        assert_eq!(
+            axis.ticks().iter().map(|tick| tick_label(*tick, 0.1)).collect::<Vec<_>>(),
+            ["0.0", "0.1", "0.2", "0.3", "0.4", "0.5"]
+        );
         assert_eq!((step(0.0), step(1.0), step(1.1), step(4.0), step(70.0)), (1.0, 1.0, 2.0, 5.0, 100.0));
         assert_eq!(tick_label(1000.0, 500.0), "1000");
     }
 
     #[test]
     fn numbers_have_the_digits_that_count() {
-        assert_eq!(["0.00", "9.99", "10.0", "99.9", "100"], [0.0, 9.99, 9.999, 99.9, 99.96].map(number).each_ref().map(String::as_str));
+        assert_eq!(
+            ["0.00", "9.99", "10.0", "99.9", "100"],
+            [0.0, 9.99, 9.999, 99.9, 99.96].map(number).each_ref().map(String::as_str)
+        );
         assert_eq!(shorten("abc", 3), "abc");
         assert_eq!(shorten("/long/path", 5), "…path");
     }

@@ -109,7 +109,11 @@ pub struct Setting {
     pub kernel_args: String,
 }
 
-fn series<K: Copy + PartialEq>(boots: &[Boot], of: impl Fn(&Boot) -> &[(K, u64)], title: fn(K) -> &'static str) -> Vec<Series<K>> {
+fn series<K: Copy + PartialEq>(
+    boots: &[Boot],
+    of: impl Fn(&Boot) -> &[(K, u64)],
+    title: fn(K) -> &'static str,
+) -> Vec<Series<K>> {
     // In the order in which the boots have them: one that lacks some has the others in the same order.
     let mut names: Vec<K> = Vec::new();
     for (name, _) in boots.iter().flat_map(&of) {
@@ -219,7 +223,8 @@ impl Scale {
         value / self.divisor
     }
 
-    fn show(&self, value: f64) -> String {
+    /// A number in the unit, with all the digits that say something.
+    pub fn show(&self, value: f64) -> String {
         format!("{:.*}", self.digits, self.of(value))
     }
 }

@@ -19,8 +19,13 @@ const FAILED: &str = "vz-linux-bench: cannot ";
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
     /// A step of init's.
-    #[error("the guest's init cannot {0}")]
-    Step(String),
+    #[error("the guest's init cannot {what}: {said}")]
+    Step {
+        /// Which.
+        what: String,
+        /// What its program said.
+        said: String,
+    },
     /// The console ends too early.
     #[error("the guest ended before it had reported; the last that it said: {0}")]
     Cut(String),
@@ -45,10 +50,10 @@ pub fn init(command: Option<&str>) -> String {
     // The command is in a file of its own, so that its quotes are its own business. A link to the shell may be absolute.
     let command = command.map_or(String::new(), |_| {
         format!(
-            "shell='/.vz-linux-bench sh'\n\
+            "shell='/.vz-linux-bench/sh'\n\
              if [ -e root/bin/sh ] || [ -L root/bin/sh ]; then shell=/bin/sh; fi\n\
              echo '{OUTPUT}'\n\
-             chroot root $shell -c \"$(cat command)\" 2>&1\n\
+             PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin /{PLACE}/bin/chroot root $shell -c \"$(cat command)\" 2>&1\n\
              echo \"{STATUS}$?\"\n"
         )
     });
@@ -71,9 +76,9 @@ pub fn init(command: Option<&str>) -> String {
          step 'mount dev' mount -t devtmpfs dev root/dev\n\
          step 'mount proc' mount -t proc proc root/proc\n\
          step 'mount sys' mount -t sysfs sys root/sys\n\
-         step 'bring BusyBox into the root file system' touch root/.vz-linux-bench\n\
-         step 'bring BusyBox into the root file system' mount -o bind bin/busybox root/.vz-linux-bench\n\
-         step 'run a program in the root file system' chroot root /.vz-linux-bench sh -c 'echo \"<6>{chroot}\" >/dev/kmsg'\n\
+         step 'make directories in the root file system' mkdir root/.vz-linux-bench\n\
+         step 'bring BusyBox into the root file system' mount -o bind bin root/.vz-linux-bench\n\
+         step 'run a program in the root file system' chroot root /.vz-linux-bench/sh -c 'echo \"<6>{chroot}\" >/dev/kmsg'\n\
          {command}\
          echo '{BEGIN}'\n\
          dmesg\n\
@@ -91,8 +96,10 @@ pub fn init(command: Option<&str>) -> String {
 pub fn report(console: &str) -> Result<Report, Error> {
     let lines: Vec<&str> = console.lines().map(|line| line.trim_end_matches('\r')).collect();
     let at = |mark: &str| lines.iter().position(|line| *line == mark);
-    if let Some(what) = lines.iter().find_map(|line| line.strip_prefix(FAILED)) {
-        return Err(Error::Step(what.to_owned()));
+    let failed = lines.iter().enumerate().find_map(|(at, line)| Some((at, line.strip_prefix(FAILED)?)));
+    if let Some((at, what)) = failed {
+        let said = at.checked_sub(1).and_then(|before| lines.get(before)).copied().unwrap_or("no reason is known");
+        return Err(Error::Step { what: what.to_owned(), said: said.to_owned() });
     }
     let (Some(begin), Some(end)) = (at(BEGIN), at(END)) else {
         let last = lines.iter().rev().find(|line| !line.trim().is_empty()).copied();
@@ -133,8 +140,8 @@ mod tests {
 
     #[test]
     fn what_went_wrong_is_said() {
-        let step = report("vz-linux-bench: cannot mount an overlay\r\n").unwrap_err();
-        assert_eq!(step.to_string(), "the guest's init cannot mount an overlay");
+        let step = report("noise\r\nmount: no\r\nvz-linux-bench: cannot mount an overlay\r\n").unwrap_err();
+        assert_eq!(step.to_string(), "the guest's init cannot mount an overlay: mount: no");
         let cut = report("vz-linux-bench: report\nKernel panic\n\n").unwrap_err();
         assert!(cut.to_string().ends_with("said: Kernel panic"), "{cut}");
         assert!(report("").unwrap_err().to_string().ends_with("nothing"));
