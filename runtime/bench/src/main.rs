@@ -90,16 +90,19 @@ fn run(args: &Args) -> Result<(), Failure> {
         Some(dir) if dir.join(VERSION).symlink_metadata().is_ok() => dir.clone(),
         dir => vz_linux::locate(dir.as_deref(), KernelProfile::Container)?,
     };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    // Whoever is told to end ends its VM and its files first, of which there are none yet.
+    let (mut interrupt, mut terminate) = {
+        let _entered = runtime.enter();
+        (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?)
+    };
     let workshop = Workshop::new()?;
     let more = more(args, &plan)?;
     let mut subjects = vec![Subject::bundle(&bundle, more.as_deref(), &workshop.path("first"))?];
     if let Some(other) = &args.compare {
         subjects.push(Subject::other(other, &bundle, more.as_deref(), &workshop.path("second"))?);
     }
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let results = runtime.block_on(async {
-        // Whoever is told to end ends its VM and its files first.
-        let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
         tokio::select! {
             results = all(args, &plan, &workshop, &subjects) => results,
             _ = interrupt.recv() => Err("interrupted".into()),
