@@ -7,7 +7,7 @@ SHELL := /bin/bash
 PREFIX ?= /usr/local
 DESTDIR ?=
 CARGO ?= cargo
-PROGRAMS := $(addprefix target/release/,containerd-shim-vz-v2 vz)
+PROGRAMS := $(addprefix target/release/,containerd-shim-vz-v2 vz vz-linux-bench)
 
 share := $(DESTDIR)$(PREFIX)/share
 # Where each shell looks for them.
@@ -26,12 +26,12 @@ help: ## Show this list
 setup: ## Install what building and testing need (Debian packages; asks for root)
 	@mk/setup
 
-build: ## Build the shim and vz (release) into target/release
-	@$(CARGO) build --release --locked -p containerd-shim-vz-v2 -p vz-cli
+build: ## Build the shim, vz and vz-linux-bench (release) into target/release
+	@$(CARGO) build --release --locked -p containerd-shim-vz-v2 -p vz-cli -p vz-bench
 
 # Without it, tests need not wait for the payload and its linking.
-release: payload ## The same with the container's guest bundle in both programs: one file is a complete installation
-	@$(CARGO) build --release --locked -p containerd-shim-vz-v2 -p vz-cli $(embedded)
+release: payload ## The same with the container's guest bundle in the shim and vz: one file is a complete installation
+	@$(CARGO) build --release --locked -p containerd-shim-vz-v2 -p vz-cli -p vz-bench $(embedded)
 
 run: setup build bundle ## From nothing to a container in a microVM: installs, builds, starts the devbox, runs one
 	@mk/run
@@ -44,11 +44,12 @@ lint: ## Check formatting, clippy, shell scripts and dependencies' licences
 fmt: ## Format the code
 	@$(CARGO) fmt --all
 
-install: release ## Install the shim and vz, with the guest bundle in them, man pages, completions, a configuration; PREFIX=/usr/local
+install: release ## Install the shim and vz, with the guest bundle in them, vz-linux-bench, man pages, completions, a configuration; PREFIX=/usr/local
 	install -D -m 755 -t $(DESTDIR)$(PREFIX)/bin $(PROGRAMS)
 	# Earlier versions kept the bundle there, where it would be found before the new one.
 	rm -rf $(share)/vz/linux/container
 	target/release/vz man $(share)/man/man1
+	target/release/vz-linux-bench --man $(share)/man/man1
 	mkdir -p $(dir $(completions))
 	target/release/vz completions bash >$(word 1,$(completions))
 	target/release/vz completions zsh >$(word 2,$(completions))

@@ -152,6 +152,7 @@ pub fn prepare(
         console_limit: config.console.limit_kib.saturating_mul(1024),
         qemu: config.qemu.path.clone(),
         kernel_args: config.guest.kernel_args.clone(),
+        count_instructions: false,
         report_denied_calls: config.vmm.denied_calls == vz_config::DeniedCalls::Report,
         log_level: config.log_level.as_str().into(),
     };

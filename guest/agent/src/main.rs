@@ -40,7 +40,7 @@ mod server;
 mod text;
 
 fn main() {
-    let init_ns = clock::uptime_ns();
+    let first = clock::Moment::now();
     if std::process::id() != 1 {
         println!("vz-agent {}: the init of a vz guest; does nothing anywhere else", env!("CARGO_PKG_VERSION"));
         return;
@@ -50,7 +50,7 @@ fn main() {
     if let Err(e) = boot::root() {
         power::fatal(&text::chain(&e));
     }
-    let init = match init::Init::start(init_ns, log) {
+    let init = match init::Init::start(first, log) {
         Ok(init) => init,
         Err(e) => power::fatal(&text::chain(&e)),
     };

@@ -5,6 +5,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::clock::Moment;
+
 /// Which process: a container's init where `exec` is empty.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Key {
@@ -108,8 +110,8 @@ pub enum Report {
     Ready {
         /// How often a server was started before this one.
         incarnation: u32,
-        /// When PID 1 ran its first line, in nanoseconds since the kernel's start.
-        init_ns: u64,
+        /// When PID 1 ran its first line.
+        first: Moment,
     },
     /// The answer to a request.
     Done {

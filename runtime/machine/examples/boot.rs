@@ -58,6 +58,7 @@ fn options(dir: &Path) -> Result<Options, Box<dyn Error>> {
             console_limit: 1 << 20,
             qemu: "qemu-system-x86_64".into(),
             kernel_args: String::new(),
+            count_instructions: false,
             report_denied_calls: true,
             log_level: "info".into(),
         },

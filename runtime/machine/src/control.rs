@@ -164,6 +164,9 @@ pub struct BootConfig {
     pub qemu: PathBuf,
     /// Appended to the guest's kernel command line.
     pub kernel_args: String,
+    /// For measurements: the guest's clocks count instructions, a nanosecond each, instead of time, and all that is random
+    /// or of the host's clock is the same each time. [`MachineKind::Qemu`] only.
+    pub count_instructions: bool,
     /// For development: a thread that makes a system call which its filter denies says which, before the process ends.
     pub report_denied_calls: bool,
     /// Lowest level that the vmm logs to its stderr: error, warn, info, debug, trace.

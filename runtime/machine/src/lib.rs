@@ -89,6 +89,8 @@ enum LaunchError {
     Taps { nics: usize, wanted: usize, found: usize },
     #[error("machine \"qemu\" has room for {most} network cards, not {found}")]
     TooManyNics { found: usize, most: usize },
+    #[error("machine \"kvm\" cannot count the guest's instructions; machine \"qemu\" can")]
+    Uncounted,
     #[error("make vsock device")]
     Vsock(#[source] io::Error),
     #[error("sandbox needs at least one vCPU and some memory, not {vcpus} and {memory_mib} MiB")]
@@ -107,6 +109,7 @@ fn launch(config: &BootConfig, bundle: &vz_linux::Bundle, taps: Vec<OwnedFd>) ->
     let Selection { kind, reason } = select::select(config.machine, &verdict::Host::this())?;
     tracing::debug!(?kind, "machine is chosen: {reason}");
     match kind {
+        MachineKind::Kvm if config.count_instructions => Err(LaunchError::Uncounted),
         MachineKind::Kvm => Ok(Box::new(kvm::KvmMachine::launch(config, bundle, taps)?)),
         MachineKind::Qemu => match (qemu::QemuMachine::launch(config, bundle, taps), reason) {
             (Ok(machine), _) => Ok(Box::new(machine)),

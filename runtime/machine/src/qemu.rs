@@ -56,7 +56,7 @@ impl QemuMachine {
             request_queues: request_queues(config),
             queue_size: FS_QUEUE_SIZE,
         };
-        let mut append = kernel_arguments(config.vcpus);
+        let mut append = kernel_arguments(config.vcpus, config.count_instructions);
         if !config.kernel_args.is_empty() {
             append.push(' ');
             append.push_str(&config.kernel_args);
@@ -70,6 +70,7 @@ impl QemuMachine {
             kernel: &bundle.kernel,
             initramfs: &bundle.initramfs,
             append: &append,
+            count_instructions: config.count_instructions,
             devices: vec![(fs_device, fs_socket), (Device::Vsock, vsock_socket)],
             nics: config.nics.iter().map(nic).collect(),
         })?;
@@ -82,12 +83,17 @@ impl QemuMachine {
 ///
 /// Nothing is measured against an emulated timer: on a busy host such measurements fail, and then the kernel gives up its
 /// clock (and with it high resolution timers, and time that is right), or does not boot at all.
-fn kernel_arguments(vcpus: u32) -> String {
+fn kernel_arguments(vcpus: u32, count_instructions: bool) -> String {
     let mut arguments = String::from("console=ttyS0 quiet");
     // A reboot by triple fault is the one way for a guest without ACPI to end QEMU; a panic reboots at once.
     arguments.push_str(" reboot=t panic=-1 acpi=off");
-    // The emulated counter is the host's.
-    arguments.push_str(&format!(" tsc=reliable tsc_early_khz={} no_timer_check", clock::khz()));
+    // The emulated counter is the host's, unless it counts instructions, a nanosecond each.
+    let khz = if count_instructions { 1_000_000 } else { clock::khz() };
+    arguments.push_str(&format!(" tsc=reliable tsc_early_khz={khz} no_timer_check"));
+    if count_instructions {
+        // While the guest waits for a device, QEMU would put its clock forward to the next timer at once.
+        arguments.push_str(" idle=poll");
+    }
     if vcpus == 1 {
         // The other timer, whose frequency is fixed, does as well, except for waking several processors.
         arguments.push_str(" nolapic_timer");

@@ -35,7 +35,7 @@ pub fn arguments(config: &Config<'_>, first: RawFd) -> Vec<String> {
     let kernel = first;
     let initramfs = first.saturating_add(1);
     let sockets = first.saturating_add(2);
-    let Config { name, vcpus, memory_mib, append, devices, nics, .. } = config;
+    let Config { name, vcpus, memory_mib, append, count_instructions, devices, nics, .. } = config;
 
     let mut args = Vec::new();
     let mut add = |option: &str, value: String| {
@@ -58,6 +58,12 @@ pub fn arguments(config: &Config<'_>, first: RawFd) -> Vec<String> {
     // breakpoint that the kernel has just patched away (its jump labels), which no processor does. The buffer for
     // translated code is many times what a boot takes; the default is a gigabyte, which long runs fill with dead code.
     add("accel", "tcg,thread=single,tb-size=256".into());
+    if *count_instructions {
+        // The clock of a guest that waits does not follow the host's; nor does the calendar, and what is random is not.
+        add("icount", "shift=0,sleep=off".into());
+        add("rtc", "base=2000-01-01,clock=vm".into());
+        add("seed", "1".into());
+    }
     // Virtualization of its own is of no use to a guest here.
     add("cpu", "max,-svm".into());
     add("smp", format!("{vcpus}"));
@@ -98,8 +104,11 @@ pub fn arguments(config: &Config<'_>, first: RawFd) -> Vec<String> {
         let mq = if several { ",mq=on" } else { "" };
         add("device", format!("virtio-net-device,netdev=net{number},mac={}{mq}", mac.join(":")));
     }
-    add("object", "rng-builtin,id=rng".into());
-    add("device", "virtio-rng-device,rng=rng".into());
+    if !*count_instructions {
+        // Its answers come when the host has time for them.
+        add("object", "rng-builtin,id=rng".into());
+        add("device", "virtio-rng-device,rng=rng".into());
+    }
     // Memory that the guest frees goes back to the host.
     add("device", "virtio-balloon-device,free-page-reporting=on,deflate-on-oom=on".into());
     args
@@ -139,6 +148,7 @@ mod tests {
                 kernel: &null,
                 initramfs: &null,
                 append: "console=ttyS0 a,b",
+                count_instructions: false,
                 devices: vec![(fs, UnixStream::pair().unwrap().0), (Device::Vsock, UnixStream::pair().unwrap().0)],
                 nics: vec![nic(0, 1), nic(1, 2)],
             },
@@ -168,5 +178,6 @@ mod tests {
         for option in ["-nodefaults", "-no-user-config", "-no-reboot"] {
             assert!(args.iter().any(|a| a == option), "{option}");
         }
+        assert!(!args.iter().any(|a| a == "-icount"));
     }
 }

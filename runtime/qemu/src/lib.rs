@@ -53,6 +53,8 @@ pub struct Config<'a> {
     pub initramfs: &'a File,
     /// Its command line; [`console_arguments`] are part of it.
     pub append: &'a str,
+    /// Whether the guest's clocks count instructions, a nanosecond each, and everything random is the same each time.
+    pub count_instructions: bool,
     /// Devices that we serve, each with QEMU's end of its connection.
     pub devices: Vec<(Device, UnixStream)>,
     /// Network cards.

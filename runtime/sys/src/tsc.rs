@@ -68,7 +68,8 @@ impl Sample {
     }
 }
 
-fn count() -> u64 {
+/// The counter of the processor that this runs on. It starts at 0 with the machine, real or not.
+pub fn count() -> u64 {
     // SAFETY: every x86-64 has the instruction, and a kernel that forbids it would forbid its own vDSO.
     #[allow(unsafe_code)]
     unsafe {

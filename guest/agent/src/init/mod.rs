@@ -27,6 +27,7 @@ use nix::{
 use vz_sys::channel::Channel;
 
 use crate::{
+    clock::Moment,
     container::{self, Task},
     log::{self, Log},
     power,
@@ -58,7 +59,7 @@ pub enum Error {
 /// PID 1.
 #[derive(Debug)]
 pub struct Init {
-    init_ns: u64,
+    first: Moment,
     log: Log,
     signals: SignalFd,
     server: Server,
@@ -90,7 +91,7 @@ struct Worker {
 
 impl Init {
     /// Starts the first server.
-    pub fn start(init_ns: u64, log: Log) -> Result<Self, Error> {
+    pub fn start(first: Moment, log: Log) -> Result<Self, Error> {
         let mut children = SigSet::empty();
         children.add(Signal::SIGCHLD);
         children.thread_block().map_err(Error::Signals)?;
@@ -98,7 +99,7 @@ impl Init {
         let signals = SignalFd::with_flags(&children, flags).map_err(Error::Signals)?;
         let server = supervise::fork_server(&log).map_err(Error::Fork)?;
         let mut init = Self {
-            init_ns,
+            first,
             log,
             signals,
             server,

@@ -52,7 +52,7 @@ impl Init {
         for (report, fds) in reports {
             self.tell(&report, fds);
         }
-        self.tell(&Report::Ready { incarnation: self.incarnation, init_ns: self.init_ns }, Vec::new());
+        self.tell(&Report::Ready { incarnation: self.incarnation, first: self.first }, Vec::new());
     }
 
     pub(super) fn server_died(&mut self, status: u32) {

@@ -26,6 +26,7 @@ use super::{
     vsock::Listener,
 };
 use crate::{
+    clock::Moment,
     paths,
     protocol::{Exit, Key, Request, Stdio, Stream},
     text,
@@ -53,7 +54,7 @@ pub struct Ready {
     /// How many there were before.
     pub incarnation: u32,
     /// When PID 1 began.
-    pub init_ns: u64,
+    pub first: Moment,
 }
 
 impl Agent {

@@ -4,7 +4,7 @@ use tokio::sync::mpsc;
 use tracing::{Level, level_filters::LevelFilter};
 use vz_proto::{LogRecord, frame};
 
-use super::vsock;
+use super::{kmsg, vsock};
 use crate::{
     log::{self, Log, Sink},
     text,
@@ -13,21 +13,31 @@ use crate::{
 /// Most lines that wait for the connection; what comes on top of that is counted and dropped.
 const QUEUE: usize = 1024;
 
-/// Points the log to the host.
-pub fn start(log: &Log, level: LevelFilter) {
+/// Points the log to the host, after what the kernel's own log holds where that is wanted.
+pub fn start(log: &Log, level: LevelFilter, kernel_log: bool) {
     let (send, receive) = mpsc::channel(QUEUE);
     log.redirect(level, Remote { queue: send, lost: 0 });
     let log = log.clone();
     tokio::spawn(async move {
-        if let Err(why) = forward(receive).await {
+        if let Err(why) = forward(receive, kernel_log).await {
             log.redirect(level, log::Kernel);
             tracing::warn!("log to the host: {why}");
         }
     });
 }
 
-async fn forward(mut lines: mpsc::Receiver<LogRecord>) -> Result<(), String> {
+async fn forward(mut lines: mpsc::Receiver<LogRecord>, kernel_log: bool) -> Result<(), String> {
     let mut host = vsock::connect(vz_proto::LOG_PORT).map_err(|e| text::chain(&e))?;
+    if kernel_log {
+        // The lines that could be read are worth having, and so is an end of them.
+        let (records, failed) = kmsg::records();
+        for record in records {
+            frame::write(&mut host, &record).await.map_err(|e| text::chain(&e))?;
+        }
+        if let Some(e) = failed {
+            tracing::warn!("read the kernel's log: {e}");
+        }
+    }
     while let Some(line) = lines.recv().await {
         frame::write(&mut host, &line).await.map_err(|e| text::chain(&e))?;
     }

@@ -11,6 +11,7 @@ mod containers;
 mod error;
 mod events;
 mod forward;
+mod kmsg;
 mod link;
 mod logs;
 mod metrics;
@@ -95,15 +96,18 @@ async fn serve(init: Channel, log: &Log) -> Result<(), Error> {
     let mut host = vsock::connect(vz_proto::CONTROL_PORT).map_err(|e| Error::Dial(vz_proto::CONTROL_PORT, e))?;
     let hello = Hello {
         agent_version: env!("CARGO_PKG_VERSION").into(),
-        uptime_ns: clock::uptime_ns(),
         incarnation: ready.incarnation,
-        init_ns: ready.init_ns,
+        init_ns: ready.first.uptime_ns,
+        init_tsc: ready.first.tsc,
+        agent_cpu_ns: clock::agent_cpu_ns(&ready.first),
+        uptime_ns: clock::uptime_ns(),
+        tsc: vz_sys::tsc::count(),
         ..Default::default()
     };
     frame::write(&mut host, &hello).await.map_err(Error::Greet)?;
     let welcome: Welcome = frame::read(&mut host).await.map_err(Error::Greet)?.ok_or(Error::Closed)?;
     settle(&welcome, log);
-    logs::start(log, crate::log::level(&welcome.log_level));
+    logs::start(log, crate::log::level(&welcome.log_level), welcome.kernel_log);
     agent.link.tell(&Request::Log { level: welcome.log_level.clone() });
     agent.resume().await;
 

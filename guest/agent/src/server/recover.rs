@@ -24,7 +24,7 @@ impl Agent {
     pub(super) async fn adopt(&self, reports: &mut Reports) -> Result<Ready, Error> {
         loop {
             match reports.next().await.map_err(Error::Link)?.ok_or(Error::Orphaned)? {
-                (Report::Ready { incarnation, init_ns }, _) => return Ok(Ready { incarnation, init_ns }),
+                (Report::Ready { incarnation, first }, _) => return Ok(Ready { incarnation, first }),
                 (report, fds) => self.report(report, fds),
             }
         }

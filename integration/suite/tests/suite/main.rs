@@ -2,6 +2,7 @@
 
 use std::process::ExitCode;
 
+mod bench;
 mod check;
 mod checker;
 mod cli;
@@ -28,6 +29,7 @@ fn main() -> ExitCode {
         checker::TESTS,
         check::TESTS,
         linux::TESTS,
+        bench::TESTS,
         run::TESTS,
         files::TESTS,
         options::TESTS,

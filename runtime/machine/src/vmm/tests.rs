@@ -77,6 +77,7 @@ fn config(deadline_ms: u64) -> BootConfig {
         boot_deadline_ms: deadline_ms,
         console_limit: 10_000,
         qemu: "qemu".into(),
+        count_instructions: false,
         kernel_args: String::new(),
         report_denied_calls: false,
         log_level: "error".into(),
