@@ -230,7 +230,7 @@ mod tests {
         cgroup.add(i32::try_from(child.id()).unwrap()).unwrap();
         // Reaped by its parent as soon as it ends, as the daemon's processes are.
         let reaper = std::thread::spawn(move || child.wait().unwrap());
-        Journal::unwind(&dir, |_| ()).unwrap();
+        Journal::unwind(&dir, |_, _| ()).unwrap();
         assert!(!reaper.join().unwrap().success());
         assert!(paths.iter().all(|path| !path.exists()));
         for path in paths {

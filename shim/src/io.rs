@@ -421,8 +421,8 @@ mod tests {
     #[tokio::test]
     async fn a_pipe_ends_both_ways_with_its_other_end() {
         use std::io::Write;
-        let (read, write) = std::io::pipe().unwrap();
-        let (input, mut typed) = std::io::pipe().unwrap();
+        let (read, write) = io::pipe().unwrap();
+        let (input, mut typed) = io::pipe().unwrap();
         let uri = |fd: &dyn std::os::fd::AsRawFd| format!("pipe:///proc/{}/fd/{}", std::process::id(), fd.as_raw_fd());
         let stdio = Stdio { stdin: uri(&input), stdout: uri(&write), ..Default::default() };
         let host = open(&stdio, "c1", "ns").unwrap();

@@ -180,4 +180,30 @@ mod tests {
         }
         assert!(!args.iter().any(|a| a == "-icount"));
     }
+
+    #[test]
+    fn counted_instructions_depend_on_nothing_of_the_hosts() {
+        let null = File::open("/dev/null").unwrap();
+        let args = |count_instructions| {
+            let config = Config {
+                program: Path::new("/qemu"),
+                root: Path::new("/run"),
+                name: "x",
+                vcpus: 1,
+                memory_mib: 256,
+                kernel: &null,
+                initramfs: &null,
+                append: "quiet",
+                count_instructions,
+                devices: Vec::new(),
+                nics: Vec::new(),
+            };
+            arguments(&config, 3).join(" ")
+        };
+        let counted = args(true);
+        for wanted in ["-icount shift=0,sleep=off", "clock=vm", "-seed 1"] {
+            assert!(counted.contains(wanted), "{counted}");
+        }
+        assert!(!counted.contains("virtio-rng") && args(false).contains("virtio-rng"));
+    }
 }
