@@ -217,8 +217,9 @@ impl Kept<'_> {
         runtime()?.block_on(async {
             let task = Task::connect(dir).await?;
             let signals = signals()?;
-            let bundle = state.bundle.to_string_lossy();
-            let anchor = task.create(&bundle, stdio.addresses()).await?;
+            let anchor = task.create(&state.bundle.to_string_lossy(), stdio.addresses()).await?;
+            state.made = true;
+            dir.write(&state)?;
             place::join(anchor, &volumes)?;
             let copies = stdio.begin()?;
             if start {

@@ -144,17 +144,18 @@ fn read(dir: &Dir) -> Result<State, Error> {
 
 /// What a container is, in the words of the specification.
 fn status(dir: &Dir, state: &State) -> &'static str {
-    let creating = || if state.creator.lives() { "creating" } else { "stopped" };
     match state.init {
-        None => creating(),
+        None if state.creator.lives() => "creating",
+        None => "stopped",
         Some(init) if !init.lives() => "stopped",
+        Some(_) if !state.made => "creating",
         Some(_) => {
             let asked =
                 runtime().and_then(|runtime| runtime.block_on(async { Task::connect(dir).await?.status().await }));
             match asked {
                 Ok(Some(status)) => status,
-                // No daemon yet, or none any more.
-                Ok(None) | Err(_) => creating(),
+                // It has just ended, and its daemon with it.
+                Ok(None) | Err(_) => "stopped",
             }
         }
     }
@@ -249,6 +250,7 @@ fn make(root: &Path, new: &args::New, what: What, detached: bool) -> Result<(Dir
             shim: shim.clone(),
             creator: Known::this().map_err(Error::step("look up own process"))?,
             init: None,
+            made: false,
         };
         dir.write(&state)?;
         let console = new.console_socket.as_deref().map(tty::to_socket).transpose()?;

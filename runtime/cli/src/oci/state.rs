@@ -57,6 +57,8 @@ pub struct State {
     pub creator: Known,
     /// Its process on the host.
     pub init: Option<Known>,
+    /// Whether its creation is done; the daemon knows it before that.
+    pub made: bool,
 }
 
 /// A container's directory, open.
@@ -268,6 +270,7 @@ mod tests {
             shim: "/s".into(),
             creator: Known::this().unwrap(),
             init: None,
+            made: false,
         };
         dir.write(&state).unwrap();
         assert_eq!(again.read().unwrap(), Some(state));
