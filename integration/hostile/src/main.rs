@@ -258,7 +258,8 @@ fn forged_events(lies: &Lies) -> io::Result<()> {
     }
 }
 
-/// Log records without end on as many connections as it gets, and connections to every port.
+/// Log records without end on as many connections as it gets, and connections to every port but the agent's own: with those
+/// it would end itself.
 fn floods(lies: &Lies) -> io::Result<()> {
     for _ in 0..4 {
         thread::spawn(|| -> io::Result<()> {
@@ -271,10 +272,8 @@ fn floods(lies: &Lies) -> io::Result<()> {
     }
     thread::spawn(|| {
         let mut held = Vec::new();
-        for port in (0..u32::MAX).step_by(7) {
-            held.extend(dial(port).ok().filter(|_| held.len() < 10_000));
-            held.extend(dial(CONTROL_PORT).ok());
-            held.truncate(10_000);
+        for port in (0..u32::MAX).step_by(7).filter(|port| *port != CONTROL_PORT) {
+            held.extend(dial(port).ok().filter(|_| held.len() < 1000));
         }
     });
     forged_events(lies)
