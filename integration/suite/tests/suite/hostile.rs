@@ -37,8 +37,8 @@ fn scene<'l>(lab: &'l Lab, name: &str, victim: &str) -> Result<[Restore<'l>; 2],
     let version: serde_json::Value = serde_json::from_str(&text).expect("version.json is JSON");
     let version = version["agent_version"].as_str().expect("it has the agent's version");
     let args = format!("vz.hostile={name} vz.version={version} vz.victim={victim}");
-    // Answers that never come need not be waited for as long as usual; those of a guest that is busy with its floods do.
-    let deadline = if name == "floods" { 60 } else { 5 };
+    // Answers that never come need not be waited for as long as usual; those of a guest that is busy with its lies do.
+    let deadline = if matches!(name, "floods" | "forged-events") { 60 } else { 5 };
     let config = lab.configure(&format!("[guest]\nkernel_args = \"{args}\"\n[timeouts]\nagent_s = {deadline}\n"));
     Ok([config, lab.use_bundle(&bundle)])
 }
