@@ -1,8 +1,9 @@
 //! What a request can fail with, and the one place where it becomes a ttrpc status.
 
-use std::{error::Error as StdError, fmt::Write, sync::Arc};
+use std::{error::Error as StdError, sync::Arc};
 
 use ttrpc::{Code, get_status};
+pub use vz_sys::error::chain;
 
 /// Why a request failed.
 #[derive(Debug, thiserror::Error)]
@@ -133,21 +134,6 @@ impl Error {
     pub fn to_ttrpc(&self) -> ttrpc::Error {
         ttrpc::Error::RpcStatus(get_status(self.code(), chain(self)))
     }
-}
-
-/// An error with all its causes, as one line.
-pub fn chain(error: &dyn StdError) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let said = error.to_string();
-        // Some libraries repeat their cause in their own words.
-        if !text.ends_with(&said) && write!(text, ": {said}").is_err() {
-            break;
-        }
-        cause = error.source();
-    }
-    text
 }
 
 #[cfg(test)]

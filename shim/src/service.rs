@@ -294,7 +294,7 @@ impl Task for Service {
             service.signal(&container, &process, request.signal, request.all).await?;
             if request.signal == Signal::SIGKILL as u32 && process.state() != State::Created {
                 // Whoever kills and then asks, or starts it again, must not meet it still running: with runc the kernel
-                // sees to that. A process that cannot die, or whose output nobody takes, is not waited for.
+                // sees to that. A process that cannot die, or whose output nobody takes, is waited for no longer than that.
                 drop(tokio::time::timeout(KILL_DEADLINE, process.wait()).await);
             }
             Ok(Empty::new())

@@ -14,6 +14,7 @@ use clap::{CommandFactory, Parser};
 use tokio::signal::unix::{SignalKind, signal};
 use vz_linux::{KernelProfile, VERSION};
 use vz_machine::control::MachineChoice;
+use vz_sys::error::chain;
 
 mod args;
 mod boot;
@@ -63,17 +64,6 @@ struct BootFailure {
     subject: PathBuf,
     /// Why.
     source: boot::Error,
-}
-
-fn chain(e: &dyn Error) -> String {
-    let mut text = e.to_string();
-    let mut cause = e.source();
-    while let Some(e) = cause {
-        text.push_str(": ");
-        text.push_str(&e.to_string());
-        cause = e.source();
-    }
-    text
 }
 
 fn run(args: &Args) -> Result<(), Failure> {

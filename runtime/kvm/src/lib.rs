@@ -29,6 +29,7 @@
 
 use std::{io, sync::Arc};
 
+use vz_sys::error::chain;
 use vz_virtio::Kind;
 
 mod acpi;
@@ -171,16 +172,4 @@ impl Error {
     fn place<E: std::error::Error + Send + Sync + 'static>(what: &'static str) -> impl Fn(E) -> Self {
         move |e| Self::Place { what, source: Box::new(e) }
     }
-}
-
-/// An error with its causes.
-fn chain(e: &dyn std::error::Error) -> String {
-    let mut text = e.to_string();
-    let mut cause = e.source();
-    while let Some(e) = cause {
-        text.push_str(": ");
-        text.push_str(&e.to_string());
-        cause = e.source();
-    }
-    text
 }

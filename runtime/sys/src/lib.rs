@@ -6,6 +6,7 @@
 pub mod block;
 pub mod bpf;
 pub mod channel;
+pub mod error;
 pub mod fork;
 #[cfg(feature = "memory")]
 pub mod memory;

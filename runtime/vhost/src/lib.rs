@@ -33,6 +33,7 @@ use vhost_user_backend::{Error as ServeError, VhostUserDaemon};
 use vm_memory::GuestMemoryAtomic;
 use vmm_sys_util::epoll::EventSet;
 use vz_jail::Role;
+use vz_sys::error::chain;
 use vz_virtio::{Backend, Memory};
 
 mod adapter;
@@ -202,18 +203,6 @@ fn ended(daemon: &mut VhostUserDaemon<Arc<Adapter>>) -> Option<String> {
         Err(ServeError::WaitDaemon(panic)) => Some(format!("its thread panicked: {}", words(panic.as_ref()))),
         Err(e) => Some(e.to_string()),
     }
-}
-
-/// An error with its causes.
-fn chain(e: &dyn std::error::Error) -> String {
-    let mut text = e.to_string();
-    let mut cause = e.source();
-    while let Some(e) = cause {
-        text.push_str(": ");
-        text.push_str(&e.to_string());
-        cause = e.source();
-    }
-    text
 }
 
 /// What a panic said.

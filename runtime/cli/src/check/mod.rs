@@ -1,6 +1,6 @@
 //! `vz check`: everything that decides whether containers can run on this host, each with what to do about it.
 
-use std::{error::Error, io, process::ExitCode};
+use std::{io, process::ExitCode};
 
 use serde::Serialize;
 use vz_config::Config;
@@ -10,6 +10,7 @@ use vz_machine::{
     select::{Selection, select_by},
     verdict::{Host, Source, Verdict},
 };
+pub(crate) use vz_sys::error::chain;
 
 use crate::{
     print,
@@ -237,21 +238,6 @@ fn show(report: &Report, colours: bool) -> String {
 #[allow(clippy::cast_precision_loss)]
 fn nanoseconds(ps: u64) -> f64 {
     ps as f64 / 1000.0
-}
-
-/// An error with its causes.
-pub(crate) fn chain(e: &dyn Error) -> String {
-    let mut text = e.to_string();
-    let mut cause = e.source();
-    while let Some(e) = cause {
-        let more = e.to_string();
-        if !text.ends_with(&more) {
-            text.push_str(": ");
-            text.push_str(&more);
-        }
-        cause = e.source();
-    }
-    text
 }
 
 #[cfg(test)]

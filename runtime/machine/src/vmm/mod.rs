@@ -23,7 +23,7 @@ use nix::{
     time::{ClockId, clock_gettime},
 };
 use vz_jail::{Denied, Role};
-use vz_sys::{channel::Channel, process::inherited_fd};
+use vz_sys::{channel::Channel, error::chain, process::inherited_fd};
 
 use crate::{
     LaunchError, Machine,
@@ -185,18 +185,6 @@ fn watch_panics(alarm: Alarm) {
         tracing::error!("{message}");
         alarm.raise(message);
     }));
-}
-
-/// An error with its causes, for people.
-fn chain(e: &dyn std::error::Error) -> String {
-    let mut text = e.to_string();
-    let mut cause = e.source();
-    while let Some(e) = cause {
-        text.push_str(": ");
-        text.push_str(&e.to_string());
-        cause = e.source();
-    }
-    text
 }
 
 /// A descriptor that is read until its end.
