@@ -12,6 +12,7 @@ use crate::{
     anchor::Anchor,
     container::{Container, Exit, Process, State},
     copyup,
+    disks::Disk,
     error::{Error, chain},
     hooks::{self, Context},
     io::{self, Guest, Stdio},
@@ -70,7 +71,8 @@ async fn host_side(sandbox: &Arc<Sandbox>, request: &CreateTaskRequest) -> Resul
     let annotations = spec::annotations(&spec);
     sandbox.network.check(&spec)?;
     let root = spec.root().as_ref().map(|root| bundle.join(root.path())).unwrap_or_default();
-    let mut plan = spec::plan(spec, &request.id)?;
+    let disks = sandbox.disks_of(&request.id, &spec)?;
+    let mut plan = spec::plan(spec, &request.id, disks)?;
     for field in &plan.dropped {
         tracing::info!(container = request.id, field, "has no meaning in a vm, is left out");
     }
@@ -139,7 +141,10 @@ async fn guest_side(sandbox: &Arc<Sandbox>, container: &Container, spec: Vec<u8>
     sandbox.agent.client().await?;
     let (stdio, guest) = connect_streams(sandbox, &container.init.stdio).await?;
     let stdio = Some(stdio).into();
-    let request = CreateContainerRequest { container_id: id.clone(), spec, stdio, network, ..Default::default() };
+    let disks =
+        if *id == sandbox.identity.id { sandbox.disks.iter().map(Disk::to_agent).collect() } else { Vec::new() };
+    let request =
+        CreateContainerRequest { container_id: id.clone(), spec, stdio, network, disks, ..Default::default() };
     container.init.set_copies(host.connect(guest, container.init.stdio.terminal));
     let asked =
         sandbox.agent.ask("create", |agent, context| async move { agent.create_container(context, &request).await });

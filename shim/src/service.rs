@@ -33,7 +33,7 @@ use crate::{
 type Reply<T> = ttrpc::Result<T>;
 
 /// How long the answer to a SIGKILL may wait for the process's end to be known.
-const KILL_DEADLINE: Duration = Duration::from_secs(1);
+const KILL_DEADLINE: Duration = Duration::from_secs(5);
 
 /// The Task service of a sandbox.
 #[derive(Debug, Clone)]

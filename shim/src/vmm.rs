@@ -111,8 +111,13 @@ pub struct Place<'a> {
     pub cgroup: Option<&'a Cgroup>,
 }
 
-/// Starts the vmm process, with log lines to `stderr`, and tells it to boot, with `taps` for its network cards. Call it from the main thread, which the process does not outlive.
-pub fn start(config: BootConfig, taps: &[OwnedFd], place: &Place<'_>, stderr: Option<&File>) -> Result<Started, Error> {
+/// Starts the vmm process, with log lines to `stderr`, and tells it to boot, with `files` for its network cards and disks. Call it from the main thread, which the process does not outlive.
+pub fn start(
+    config: BootConfig,
+    files: &[OwnedFd],
+    place: &Place<'_>,
+    stderr: Option<&File>,
+) -> Result<Started, Error> {
     let (ours, theirs) = Channel::pair().map_err(Error::Spawn)?;
     let null = OpenOptions::new().read(true).write(true).open("/dev/null").map_err(Error::Spawn)?;
     let stderr = stderr.unwrap_or(&null);
@@ -146,8 +151,8 @@ pub fn start(config: BootConfig, taps: &[OwnedFd], place: &Place<'_>, stderr: Op
     };
     let process = command.spawn_with(Steps { parent: Some(&admit), child: None }).map_err(Error::Spawn)?;
     drop(theirs);
-    let taps: Vec<_> = taps.iter().map(AsFd::as_fd).collect();
-    control::send(&ours, &Request::Boot(Box::new(config)), &taps).map_err(Error::Send)?;
+    let files: Vec<_> = files.iter().map(AsFd::as_fd).collect();
+    control::send(&ours, &Request::Boot(Box::new(config)), &files).map_err(Error::Send)?;
     Ok(Started { channel: ours, process })
 }
 

@@ -7,6 +7,7 @@ mod check;
 mod checker;
 mod cli;
 mod crash;
+mod disks;
 mod errors;
 mod escape;
 mod events;
@@ -32,6 +33,7 @@ fn main() -> ExitCode {
         bench::TESTS,
         run::TESTS,
         files::TESTS,
+        disks::TESTS,
         options::TESTS,
         stdio::TESTS,
         exec::TESTS,
