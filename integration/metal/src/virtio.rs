@@ -37,8 +37,9 @@ pub const NEXT: u16 = 1;
 pub const WRITE: u16 = 2;
 pub const TABLE: u16 = 4;
 
-/// virtio's number of a file system.
+/// virtio's numbers of devices.
 pub const FS: u32 = 26;
+const VSOCK: u32 = 19;
 
 /// The machine that we wrote puts its devices here, a page each; ACPI says so to those who read it.
 const BUILT_IN: u64 = 0xd000_0000;
@@ -70,6 +71,11 @@ impl Device {
 
     pub fn write(self, register: u64, value: u32) {
         poke(self.base + register, value);
+    }
+
+    /// Whether it is served by the vmm: all but those that QEMU has itself.
+    pub fn is_ours(self) -> bool {
+        self.kind == FS || self.kind == VSOCK || self.base < BUILT_IN + BUILT_IN_MOST * BUILT_IN_SIZE
     }
 
     pub fn reset(self) {

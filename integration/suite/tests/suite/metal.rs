@@ -172,6 +172,13 @@ impl<'l> Stage<'l> {
     }
 }
 
+impl Drop for Stage<'_> {
+    /// A task that is not there yet can only be ended like this.
+    fn drop(&mut self) {
+        self.metal.kill_client();
+    }
+}
+
 /// The last lines.
 fn tail(text: &str) -> String {
     let lines: Vec<&str> = text.lines().collect();
