@@ -66,6 +66,10 @@ fn play(command_line: &str) {
         Some((_, scene)) => scene(&guest),
         None => say!("WRONG: no scene {name:?}"),
     }
+    match machine::wrongs() {
+        0 => {}
+        count => say!("WRONG: {count} times"),
+    }
     say!("done");
 }
 

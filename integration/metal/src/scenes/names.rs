@@ -120,10 +120,7 @@ fn honest(fuse: &mut Fuse) -> Option<(u64, u64)> {
     must_do(fuse.call(op::WRITE, file, &[&read(handle, 0, 16), TEXT]), "write");
     must_do(fuse.call(op::READ, file, &[&read(handle, 0, 16)]), "read");
     must_do(fuse.call(op::LOOKUP, ROOT, &[b"metal\0"]), "lookup");
-    must_do(
-        fuse.call(op::MKDIR, ROOT, &[&[0o777u32, 0].map(u32::to_le_bytes).as_flattened(), b"directory\0"]),
-        "mkdir",
-    );
+    must_do(fuse.call(op::MKDIR, ROOT, &[[0o777u32, 0].map(u32::to_le_bytes).as_flattened(), b"directory\0"]), "mkdir");
     Some((file, handle))
 }
 
