@@ -26,8 +26,9 @@ test-kvm: build bundle hostile ## The same tests on the KVM machine, in a host V
 test-kvm-core: build bundle hostile ## Of these the core that CI runs; says which tests are left out
 	@integration/suite-kvm core
 
-hostile: bundle ## Make out/hostile, a bundle whose init lies to the host, for the tests
+hostile: bundle ## Make out/hostile and out/metal for the tests: an init that lies to the host, and a guest that speaks raw virtio
 	@mk/bundle/hostile
+	@mk/bundle/metal
 
 fuzz: ## Fuzz everything that parses what a guest says (FUZZ_SECONDS=60 for each target, FUZZ_TARGETS='net blk' for some)
 	@mk/fuzz $(FUZZ_TARGETS)

@@ -30,20 +30,24 @@ pub async fn create(sandbox: &Arc<Sandbox>, request: &CreateTaskRequest) -> Resu
         return Err(Error::Unimplemented("restoring a checkpoint"));
     }
     sandbox.reserve(&request.id)?;
-    let made = match host_side(sandbox, request).await {
+    match host_side(sandbox, request).await {
         Ok((container, guest_spec)) => {
             let container = Arc::new(container);
             sandbox.insert(container.clone());
-            // Nothing of its init is published before it has been created.
+            // Nothing of its init is published before it has been created; who waits for the end of a creation that fails
+            // finds nothing of it.
             let _transition = container.init.transition.lock().await;
-            guest_side(sandbox, &container, guest_spec).await.map(|()| container.clone())
+            let made = guest_side(sandbox, &container, guest_spec).await;
+            if made.is_err() {
+                undo(sandbox, &request.id).await;
+            }
+            made.map(|()| container.clone())
         }
-        Err(error) => Err(error),
-    };
-    if made.is_err() {
-        undo(sandbox, &request.id).await;
+        Err(error) => {
+            undo(sandbox, &request.id).await;
+            Err(error)
+        }
     }
-    made
 }
 
 async fn undo(sandbox: &Arc<Sandbox>, id: &str) {

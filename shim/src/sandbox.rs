@@ -285,6 +285,14 @@ impl Sandbox {
         containers.is_empty()
     }
 
+    /// Gives up the creation that this init is in the middle of, where it is the only container's: whoever wants it gone
+    /// already does not wait for a guest that does not boot, or does not answer.
+    pub fn abandon(&self, init: &Process) {
+        if init.transition.try_lock().is_err() && self.containers().len() == 1 {
+            self.agent.down("the container was deleted while it was created");
+        }
+    }
+
     /// Whether there is no container, nor one in the making.
     pub fn is_empty(&self) -> bool {
         self.containers().is_empty()

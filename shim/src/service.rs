@@ -98,6 +98,7 @@ impl Service {
             State::Stopped(exit) => Some(exit),
             State::Running => return Err(state_error(&container, &process, "must be stopped")),
             State::Created if exec_id.is_empty() => {
+                self.0.abandon(&process);
                 self.signal(&container, &process, 9, false).await?;
                 Some(process.wait().await)
             }

@@ -4,6 +4,10 @@ use std::os::fd::{OwnedFd, RawFd};
 
 use crate::Config;
 
+/// Most random bytes that the guest gets in a period, and its length. A guest asks for 64 at a time.
+const RANDOM_BYTES: u32 = 1 << 20;
+const RANDOM_PERIOD_MS: u32 = 1000;
+
 /// A network card that QEMU serves itself, on TAP devices' descriptors.
 #[derive(Debug)]
 pub struct Nic {
@@ -121,7 +125,8 @@ pub fn arguments(config: &Config<'_>, first: RawFd) -> Vec<String> {
     if !*count_instructions {
         // Its answers come when the host has time for them.
         add("object", "rng-builtin,id=rng".into());
-        add("device", "virtio-rng-device,rng=rng".into());
+        // QEMU makes all that the guest asks for before it hands it over: 4 GiB at a time, were it not limited.
+        add("device", format!("virtio-rng-device,rng=rng,max-bytes={RANDOM_BYTES},period={RANDOM_PERIOD_MS}"));
     }
     // Memory that the guest frees goes back to the host.
     add("device", "virtio-balloon-device,free-page-reporting=on,deflate-on-oom=on".into());
@@ -198,6 +203,8 @@ mod tests {
             assert!(args.iter().any(|a| a == option), "{option}");
         }
         assert!(!args.iter().any(|a| a == "-icount"));
+        // The guest decides how much it asks for.
+        assert!(args.iter().any(|a| a.starts_with("virtio-rng-device") && a.contains("max-bytes=1048576,period=1000")));
     }
 
     #[test]

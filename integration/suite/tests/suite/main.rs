@@ -17,6 +17,7 @@ mod hostile;
 mod lifecycle;
 mod linux;
 mod machine;
+mod metal;
 mod net;
 mod net_faults;
 mod net_same;
@@ -42,6 +43,7 @@ fn main() -> ExitCode {
         errors::TESTS,
         escape::TESTS,
         hostile::TESTS,
+        metal::TESTS,
         cli::TESTS,
         oci::TESTS,
         machine::TESTS,
