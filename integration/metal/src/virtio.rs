@@ -40,6 +40,7 @@ pub const TABLE: u16 = 4;
 /// virtio's numbers of devices.
 pub const FS: u32 = 26;
 const VSOCK: u32 = 19;
+const BLOCK: u32 = 2;
 
 /// The machine that we wrote puts its devices here, a page each; ACPI says so to those who read it.
 const BUILT_IN: u64 = 0xd000_0000;
@@ -75,7 +76,7 @@ impl Device {
 
     /// Whether it is served by the vmm: all but those that QEMU has itself.
     pub fn is_ours(self) -> bool {
-        self.kind == FS || self.kind == VSOCK || self.base < BUILT_IN + BUILT_IN_MOST * BUILT_IN_SIZE
+        matches!(self.kind, FS | VSOCK | BLOCK) || self.base < BUILT_IN + BUILT_IN_MOST * BUILT_IN_SIZE
     }
 
     pub fn reset(self) {

@@ -52,6 +52,7 @@ struct Stage<'l> {
     mark: u64,
     before: (u64, u64),
     console: RefCell<String>,
+    _dir: tempfile::TempDir,
 }
 
 impl<'l> Stage<'l> {
@@ -67,7 +68,12 @@ impl<'l> Stage<'l> {
         let args = format!("vz.metal={scene} vz.victim={}", victim.id);
         let text = format!("[guest]\nkernel_args = \"{args}\"\n[timeouts]\nboot_s = 600\nagent_s = 600\n");
         let guards: [Restore<'_>; 2] = [lab.configure(&text), lab.use_bundle(&bundle)];
-        let metal = Task::begin(lab, "metal", &[], BUSYBOX, &["true"]);
+        // A disk, so that there is one of each device.
+        let dir = lab.dir();
+        let disk = dir.path().join("disk");
+        fs::File::create(&disk).and_then(|file| file.set_len(1 << 20)).expect("make a disk");
+        let mount = format!("type=ext4,src={},dst=/disk", disk.display());
+        let metal = Task::begin(lab, "metal", &["--mount", &mount], BUSYBOX, &["true"]);
         let vmm = await_process(&metal.id, Role::Vmm);
         let shim = await_process(&metal.id, Role::Shim).pid;
         let console = state(&metal.id).join("console.log");
@@ -76,7 +82,7 @@ impl<'l> Stage<'l> {
         });
         drop(guards);
         let before = (rss_kib(shim), private_kib(vmm.pid));
-        Ok(Self { lab, victim, metal, vmm, shim, mark, before, console: RefCell::default() })
+        Ok(Self { lab, victim, metal, vmm, shim, mark, before, console: RefCell::default(), _dir: dir })
     }
 
     /// What the guest has said.
@@ -250,8 +256,8 @@ fn bear_or_end(lab: &Lab, scene: &str) -> Verdict {
         return Ok(());
     }
     stage.end();
-    // Each kind of device in a VM of its own: file system, vsock, net, entropy, balloon.
-    for device in [26, 19, 1, 4, 5] {
+    // Each kind of device in a VM of its own: file system, vsock, disk, net, entropy, balloon.
+    for device in [26, 19, 2, 1, 4, 5] {
         let stage = Stage::set(lab, &format!("{scene} vz.device={device}"))?;
         stage.play_or_end();
     }
