@@ -49,7 +49,7 @@ pub struct KernelBundleOptions<'a> {
 pub enum EnsureError {
     /// There is none, and nothing to install.
     #[error(
-        "no guest bundle of profile {profile} in {searched}: install one with `vz vm linux init --from DIR`, or set VZ_LINUX_DIR"
+        "no guest bundle of profile {profile} in {searched}: install one with `vz vm linux init --kernel-profile {profile} --from DIR`, or name its directory with VZ_LINUX_DIR, for containers also with `guest.bundle` in the configuration"
     )]
     NotFound {
         /// The profile.
