@@ -1,6 +1,9 @@
 //! One call from "a kernel of this profile" to a bundle that is there and good.
 
-use std::path::{Path, PathBuf};
+use std::{
+    io,
+    path::{Path, PathBuf},
+};
 
 use crate::{
     Bundle, Error, INITRAMFS, KERNEL, KernelProfile, VERSION, VersionInfo, YOUKI,
@@ -56,6 +59,17 @@ pub enum EnsureError {
         profile: KernelProfile,
         /// Where it was looked for.
         searched: String,
+    },
+    /// There is none of this profile in the directory that was named.
+    #[error(
+        "no guest bundle of profile {profile} in {dir}: install one with `vz vm linux init --kernel-profile {profile} --dir {dir} --from DIR`, or name another directory where this one was named: with --dir, VZ_LINUX_DIR, or `guest.bundle` in the configuration",
+        dir = dir.display()
+    )]
+    NotInDir {
+        /// The profile.
+        profile: KernelProfile,
+        /// The directory.
+        dir: PathBuf,
     },
     /// There is none, and no place to install one.
     #[error("no guest bundle of profile {profile}, and no home directory to install one in: set HOME or VZ_LINUX_DIR")]
@@ -190,8 +204,14 @@ pub fn ensure_kernel_bundle(options: &KernelBundleOptions<'_>) -> Result<KernelB
 /// directory, else the first one of this profile. What is in it has not been looked at.
 pub fn locate(configured: Option<&Path>, profile: KernelProfile) -> Result<PathBuf, EnsureError> {
     match configured {
-        // Whoever opens it says what is wrong with it.
-        Some(dir) => Ok(in_base(dir, profile).unwrap_or_else(|| dir.to_owned())),
+        Some(dir) => match in_base(dir, profile) {
+            Some(bundle) => Ok(bundle),
+            None if dir.join(VERSION).symlink_metadata().is_err_and(|e| e.kind() == io::ErrorKind::NotFound) => {
+                Err(EnsureError::NotInDir { profile, dir: dir.to_owned() })
+            }
+            // Whoever opens it says what is wrong with it.
+            None => Ok(dir.to_owned()),
+        },
         None => {
             let places = Places::from_env();
             places.find(profile).ok_or_else(|| not_found(profile, &places))
