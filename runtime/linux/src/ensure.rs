@@ -9,6 +9,7 @@ use crate::{
     Bundle, Error, INITRAMFS, KERNEL, KernelProfile, VERSION, VersionInfo, YOUKI,
     install::{InstallError, Source, install, is_outdated},
     locate::{Places, in_base},
+    profile::UnknownProfile,
 };
 
 /// Version of the agent that this crate's users speak to, which is that of the whole project.
@@ -90,6 +91,14 @@ pub enum EnsureError {
         /// What it is.
         found: String,
     },
+    /// Its profile is none that this program knows.
+    #[error("guest bundle {dir}: profile in version.json", dir = dir.display())]
+    UnknownProfile {
+        /// The bundle's directory.
+        dir: PathBuf,
+        /// Which.
+        source: UnknownProfile,
+    },
     /// It is for another processor.
     #[error("guest bundle {dir} is for {found}, this machine is {wanted}; install the bundle for it", dir = dir.display(), wanted = std::env::consts::ARCH)]
     Architecture {
@@ -132,11 +141,8 @@ impl KernelBundle {
 
     fn check(dir: &Path, cache: Option<&Path>) -> Result<Self, EnsureError> {
         let version = Bundle::verify_all(dir, cache)?;
-        let profile = version.profile.parse().map_err(|_| EnsureError::Profile {
-            dir: dir.to_owned(),
-            wanted: KernelProfile::default(),
-            found: version.profile.clone(),
-        })?;
+        let profile =
+            version.profile.parse().map_err(|source| EnsureError::UnknownProfile { dir: dir.to_owned(), source })?;
         if let Some(found) = version.architecture.clone().filter(|found| found != std::env::consts::ARCH) {
             return Err(EnsureError::Architecture { dir: dir.to_owned(), found });
         }

@@ -374,7 +374,7 @@ fn mixed_bundles_are_refused_by_name() {
     for (said, part) in [
         (refused(|v| v["agent_version"] = "9.9.9".into()), "has agent 9.9.9"),
         (refused(|v| v["youki_version"] = "0.5.0".into()), "has youki 0.5.0"),
-        (refused(|v| v["profile"] = "broad".into()), "has profile broad"),
+        (refused(|v| v["profile"] = "broad".into()), "profile in version.json: \"broad\" is no kernel profile"),
         (refused(|v| v["architecture"] = "m68k".into()), "is for m68k, this machine is"),
         (refused(|v| v["schema"] = 7.into()), "schema 7"),
         (refused(|v| v["artifacts"]["youki"]["sha256"] = digest(b"other").into()), "youki does not match"),
