@@ -26,8 +26,9 @@ test-kvm: build bundle hostile ## The same tests on the KVM machine, in a host V
 test-kvm-core: build bundle hostile ## Of these the core that CI runs; says which tests are left out
 	@integration/suite-kvm core
 
-hostile: bundle ## Make out/hostile, a bundle whose init lies to the host, for the tests
+hostile: bundle ## Make out/hostile and out/metal for the tests: an init that lies to the host, and a guest that speaks raw virtio
 	@mk/bundle/hostile
+	@mk/bundle/metal
 
 # Twenty processor minutes go into the developer's kernel: its configuration is checked here in any case, but its bundle is only made, and tested,
 # where that kernel is cached. Elsewhere the test is skipped, and says so; `make bundle KERNEL_PROFILE=developer` caches it.

@@ -12,6 +12,7 @@ use crate::{
     anchor::Anchor,
     container::{Container, Exit, Process, State},
     copyup,
+    disks::Disk,
     error::{Error, chain},
     hooks::{self, Context},
     io::{self, Guest, Stdio},
@@ -29,20 +30,24 @@ pub async fn create(sandbox: &Arc<Sandbox>, request: &CreateTaskRequest) -> Resu
         return Err(Error::Unimplemented("restoring a checkpoint"));
     }
     sandbox.reserve(&request.id)?;
-    let made = match host_side(sandbox, request).await {
+    match host_side(sandbox, request).await {
         Ok((container, guest_spec)) => {
             let container = Arc::new(container);
             sandbox.insert(container.clone());
-            // Nothing of its init is published before it has been created.
+            // Nothing of its init is published before it has been created; who waits for the end of a creation that fails
+            // finds nothing of it.
             let _transition = container.init.transition.lock().await;
-            guest_side(sandbox, &container, guest_spec).await.map(|()| container.clone())
+            let made = guest_side(sandbox, &container, guest_spec).await;
+            if made.is_err() {
+                undo(sandbox, &request.id).await;
+            }
+            made.map(|()| container.clone())
         }
-        Err(error) => Err(error),
-    };
-    if made.is_err() {
-        undo(sandbox, &request.id).await;
+        Err(error) => {
+            undo(sandbox, &request.id).await;
+            Err(error)
+        }
     }
-    made
 }
 
 async fn undo(sandbox: &Arc<Sandbox>, id: &str) {
@@ -70,7 +75,8 @@ async fn host_side(sandbox: &Arc<Sandbox>, request: &CreateTaskRequest) -> Resul
     let annotations = spec::annotations(&spec);
     sandbox.network.check(&spec)?;
     let root = spec.root().as_ref().map(|root| bundle.join(root.path())).unwrap_or_default();
-    let mut plan = spec::plan(spec, &request.id)?;
+    let disks = sandbox.disks_of(&request.id, &spec)?;
+    let mut plan = spec::plan(spec, &request.id, disks)?;
     for field in &plan.dropped {
         tracing::info!(container = request.id, field, "has no meaning in a vm, is left out");
     }
@@ -139,7 +145,10 @@ async fn guest_side(sandbox: &Arc<Sandbox>, container: &Container, spec: Vec<u8>
     sandbox.agent.client().await?;
     let (stdio, guest) = connect_streams(sandbox, &container.init.stdio).await?;
     let stdio = Some(stdio).into();
-    let request = CreateContainerRequest { container_id: id.clone(), spec, stdio, network, ..Default::default() };
+    let disks =
+        if *id == sandbox.identity.id { sandbox.disks.iter().map(Disk::to_agent).collect() } else { Vec::new() };
+    let request =
+        CreateContainerRequest { container_id: id.clone(), spec, stdio, network, disks, ..Default::default() };
     container.init.set_copies(host.connect(guest, container.init.stdio.terminal));
     let asked =
         sandbox.agent.ask("create", |agent, context| async move { agent.create_container(context, &request).await });

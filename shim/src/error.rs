@@ -86,6 +86,9 @@ pub enum Error {
     /// The network.
     #[error(transparent)]
     Network(#[from] crate::network::Error),
+    /// A disk.
+    #[error(transparent)]
+    Disk(#[from] crate::disks::Error),
     /// A hook.
     #[error(transparent)]
     Hook(#[from] crate::hooks::Error),
@@ -116,11 +119,12 @@ impl Error {
         match self {
             Self::NotFound { .. } | Self::Finished => Code::NOT_FOUND,
             Self::AlreadyExists { .. } => Code::ALREADY_EXISTS,
-            Self::State { .. } => Code::FAILED_PRECONDITION,
+            Self::State { .. } | Self::Disk(crate::disks::Error::Busy { .. }) => Code::FAILED_PRECONDITION,
             Self::Invalid(_)
             | Self::Spec(_)
             | Self::ReadSpec { .. }
             | Self::Config(_)
+            | Self::Disk(crate::disks::Error::Missing { .. } | crate::disks::Error::Late { .. })
             | Self::Cgroup(crate::cgroup::Error::Path(_)) => Code::INVALID_ARGUMENT,
             Self::Unimplemented(_) => Code::UNIMPLEMENTED,
             Self::Sandbox(_) => Code::UNAVAILABLE,

@@ -14,6 +14,7 @@ mod container;
 mod copyup;
 mod create;
 mod daemon;
+mod disks;
 mod error;
 mod events;
 mod fd;

@@ -33,7 +33,7 @@ use crate::{
 };
 
 /// As many cards as every machine has room for.
-const MOST_CARDS: usize = 5;
+const MOST_CARDS: usize = 4;
 /// Queue pairs of a card: more do not help, since each vCPU uses one.
 const MOST_QUEUE_PAIRS: u32 = 4;
 

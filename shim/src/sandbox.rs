@@ -26,6 +26,7 @@ use crate::{
     agent::{self, Agent},
     cgroup::Cgroup,
     container::{Container, Exit, Process, State},
+    disks::{self, Disk},
     error::{Error, chain},
     events::Publisher,
     hooks,
@@ -52,6 +53,7 @@ pub struct Prepared {
     journal: Journal,
     share: Share,
     network: Network,
+    disks: Vec<Disk>,
     cgroup: Option<Cgroup>,
     vmm: Started,
     config: Config,
@@ -83,6 +85,8 @@ pub struct Sandbox {
     pub share: Share,
     /// Its network.
     pub network: Network,
+    /// Its disks, which its first container asks for.
+    pub disks: Vec<Disk>,
     /// Its cgroup on the host, where that has any.
     pub cgroup: Option<Cgroup>,
     /// Its VM.
@@ -133,6 +137,8 @@ pub fn prepare(
     let share = Share::create(journal.path().join("share"))?;
     let (vcpus, memory_mib) = size(&config, &spec);
     let (network, cards) = Network::prepare(&spec, vcpus)?;
+    let found = disks::find(&spec)?;
+    let (disks, disk_files) = disks::open(&found)?;
     let boot = BootConfig {
         sandbox: format!("{}/{}", identity.namespace, identity.id),
         machine: match config.machine {
@@ -141,6 +147,7 @@ pub fn prepare(
             vz_config::Machine::Qemu => MachineChoice::Qemu,
         },
         nics: cards.nics,
+        disks,
         vcpus,
         memory_mib,
         guest_bundle,
@@ -158,9 +165,11 @@ pub fn prepare(
     };
     let cgroup = Cgroup::make(&journal, &spec, &identity.id, memory_mib, config.vm.overhead_mib)?;
     let place = Place { user_namespace: config.vmm.user_namespace, cgroup: cgroup.as_ref() };
-    let vmm = vmm::start(boot, &cards.taps, &place, stderr)?;
+    let files: Vec<_> = cards.taps.into_iter().chain(disk_files).collect();
+    let vmm = vmm::start(boot, &files, &place, stderr)?;
     journal.process("vmm", vmm.pid())?;
-    Ok(Prepared { journal, share, network, cgroup, vmm, config, agent_version: version.agent_version, begun })
+    let agent_version = version.agent_version;
+    Ok(Prepared { journal, share, network, disks: found, cgroup, vmm, config, agent_version, begun })
 }
 
 /// vCPUs and MiB for a container with this spec: its limits (memory plus the guest's own need), or the configured
@@ -213,6 +222,7 @@ impl Prepared {
             journal: self.journal,
             share: self.share,
             network: self.network,
+            disks: self.disks,
             cgroup: self.cgroup,
             publisher,
             shutdown: Notify::new(),
@@ -242,6 +252,17 @@ impl Sandbox {
         self.containers().get(id).cloned().flatten().ok_or_else(|| Error::NotFound { what: "container", id: id.into() })
     }
 
+    /// The disks that are a container's: all are the first one's, and what another one asks for cannot be added.
+    pub fn disks_of(&self, container: &str, spec: &Spec) -> Result<&[Disk], Error> {
+        if container == self.identity.id {
+            return Ok(&self.disks);
+        }
+        match disks::find(spec)?.into_iter().next() {
+            Some(disk) => Err(disks::Error::Late { path: disk.path }.into()),
+            None => Ok(&[]),
+        }
+    }
+
     /// Takes an id for a container that is about to be made.
     pub fn reserve(&self, id: &str) -> Result<(), Error> {
         let mut containers = self.containers();
@@ -262,6 +283,14 @@ impl Sandbox {
         let mut containers = self.containers();
         containers.remove(id);
         containers.is_empty()
+    }
+
+    /// Gives up the creation that this init is in the middle of, where it is the only container's: whoever wants it gone
+    /// already does not wait for a guest that does not boot, or does not answer.
+    pub fn abandon(&self, init: &Process) {
+        if init.transition.try_lock().is_err() && self.containers().len() == 1 {
+            self.agent.down("the container was deleted while it was created");
+        }
     }
 
     /// Whether there is no container, nor one in the making.

@@ -33,7 +33,7 @@ use crate::{
 type Reply<T> = ttrpc::Result<T>;
 
 /// How long the answer to a SIGKILL may wait for the process's end to be known.
-const KILL_DEADLINE: Duration = Duration::from_secs(1);
+const KILL_DEADLINE: Duration = Duration::from_secs(5);
 
 /// The Task service of a sandbox.
 #[derive(Debug, Clone)]
@@ -98,6 +98,7 @@ impl Service {
             State::Stopped(exit) => Some(exit),
             State::Running => return Err(state_error(&container, &process, "must be stopped")),
             State::Created if exec_id.is_empty() => {
+                self.0.abandon(&process);
                 self.signal(&container, &process, 9, false).await?;
                 Some(process.wait().await)
             }

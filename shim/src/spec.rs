@@ -16,6 +16,8 @@ use oci_spec::runtime::{
 };
 use vz_proto::{NETNS_PATH, SHARE_PATH};
 
+use crate::disks::{self, Disk};
+
 /// Character devices that the guest has of its own, under the same name and number as every Linux host.
 const GUEST_DEVICES: [&str; 10] = [
     "/dev/null",
@@ -95,7 +97,9 @@ pub fn rootfs_name(container: &str) -> PathBuf {
 }
 
 /// Makes the guest's spec for `container` out of the host's.
-pub fn plan(mut spec: Spec, container: &str) -> Result<Plan, Error> {
+///
+/// `disks` are those of the VM that are the container's.
+pub fn plan(mut spec: Spec, container: &str, disks: &[Disk]) -> Result<Plan, Error> {
     let mut dropped = Vec::new();
     refuse_foreign(&spec)?;
     let process = spec.process_mut().as_mut().ok_or(Error::Missing("process"))?;
@@ -103,6 +107,7 @@ pub fn plan(mut spec: Spec, container: &str) -> Result<Plan, Error> {
     let mut binds = Vec::new();
     if let Some(mounts) = spec.mounts_mut() {
         for (index, mount) in mounts.iter_mut().enumerate() {
+            disks::settle(mount, disks);
             if let Some(bind) = guest_mount(mount, container, index, &mut dropped)? {
                 binds.push(bind);
             }
@@ -192,7 +197,7 @@ fn guest_mount(
         }
         return Err(unsupported(
             format!("mounts: device {}", source.display()),
-            "a host device cannot be mounted into a VM",
+            "a host device cannot be mounted into a VM; give it a block device as a disk (`--device`)",
         ));
     }
     let name = share_name(container).join(format!("mount{index}"));
@@ -240,11 +245,13 @@ fn guest_linux(linux: &mut Linux, container: &str, dropped: &mut Vec<String>) ->
         return Err(unsupported("linux.netDevices", "a host's network device cannot be moved into a VM"));
     }
     for device in linux.devices().iter().flatten() {
-        let known = GUEST_DEVICES.iter().any(|known| device.path() == Path::new(known));
-        if device.typ() != LinuxDeviceType::P && !known {
+        // Block devices are the VM's disks.
+        let possible = matches!(device.typ(), LinuxDeviceType::P | LinuxDeviceType::B)
+            || GUEST_DEVICES.iter().any(|known| device.path() == Path::new(known));
+        if !possible {
             return Err(unsupported(
                 format!("linux.devices: {}", device.path().display()),
-                "host devices cannot be given to a VM yet: leave the device (or `--privileged`) out",
+                "character devices of the host cannot be given to a VM: leave the device (or `--privileged`) out",
             ));
         }
     }
@@ -368,7 +375,7 @@ mod tests {
     }
 
     fn guest(spec: Spec) -> Value {
-        serde_json::to_value(plan(spec, "c1").unwrap().guest).unwrap()
+        serde_json::to_value(plan(spec, "c1", &[]).unwrap().guest).unwrap()
     }
 
     #[test]
@@ -391,6 +398,7 @@ mod tests {
                     json!({ "destination": "/v", "type": "bind", "source": path, "options": ["rbind", "ro"] });
             }),
             "c1",
+            &[],
         )
         .unwrap();
         let wanted = Bind {
@@ -409,12 +417,12 @@ mod tests {
     fn a_missing_source_and_a_host_device_are_named() {
         let bind = |source: &str| {
             let s = json!({ "destination": "/v", "type": "bind", "source": source, "options": ["bind"] });
-            plan(spec(|v| v["mounts"][0] = s), "c1").unwrap_err().to_string()
+            plan(spec(|v| v["mounts"][0] = s), "c1", &[]).unwrap_err().to_string()
         };
         assert!(bind("/nowhere/at/all").contains("/nowhere/at/all"));
-        let device = json!({ "path": "/dev/sda", "type": "b", "major": 8, "minor": 0 });
-        let error = plan(spec(|v| v["linux"]["devices"] = json!([device])), "c1").unwrap_err().to_string();
-        assert!(error.contains("/dev/sda"), "{error}");
+        let device = json!({ "path": "/dev/mem", "type": "c", "major": 1, "minor": 1 });
+        let error = plan(spec(|v| v["linux"]["devices"] = json!([device])), "c1", &[]).unwrap_err().to_string();
+        assert!(error.contains("/dev/mem"), "{error}");
     }
 
     #[test]
@@ -447,6 +455,7 @@ mod tests {
                 });
             }),
             "c1",
+            &[],
         )
         .unwrap();
         assert_eq!(limits(&plan.guest), (Some(2), Some(67_108_864)));
@@ -463,6 +472,7 @@ mod tests {
         let plan = plan(
             spec(|v| v["hooks"] = json!({ "createRuntime": hook, "poststop": hook, "startContainer": hook })),
             "c1",
+            &[],
         )
         .unwrap();
         assert!(plan.hooks.create_runtime().is_some() && plan.hooks.poststop().is_some());

@@ -109,8 +109,13 @@ pub struct Place<'a> {
     pub cgroup: Option<&'a Cgroup>,
 }
 
-/// Starts the vmm process, with log lines to `stderr`, and tells it to boot, with `taps` for its network cards. Call it from the main thread, which the process does not outlive.
-pub fn start(config: BootConfig, taps: &[OwnedFd], place: &Place<'_>, stderr: Option<&File>) -> Result<Started, Error> {
+/// Starts the vmm process, with log lines to `stderr`, and tells it to boot, with `files` for its network cards and disks. Call it from the main thread, which the process does not outlive.
+pub fn start(
+    config: BootConfig,
+    files: &[OwnedFd],
+    place: &Place<'_>,
+    stderr: Option<&File>,
+) -> Result<Started, Error> {
     // Before it takes any memory, which is counted where it was taken.
     let admit = |pid: Pid| place.cgroup.map_or(Ok(()), |cgroup| cgroup.add(pid.as_raw()).map_err(io::Error::other));
     let spawn = Spawn {
@@ -119,7 +124,7 @@ pub fn start(config: BootConfig, taps: &[OwnedFd], place: &Place<'_>, stderr: Op
         user_namespace: place.user_namespace,
         admit: &admit,
     };
-    let (channel, process) = spawn.boot(config, taps)?;
+    let (channel, process) = spawn.boot(config, files)?;
     Ok(Started { channel, process })
 }
 

@@ -52,6 +52,8 @@ pub const FORWARD_PORT: u32 = 1027;
 pub const SHARE_TAG: &str = "vz";
 /// Where the agent mounts the share in the guest.
 pub const SHARE_PATH: &str = "/run/vz/share";
+/// A disk of the VM as a mount's source, with its id behind it: under this name, udev would have it.
+pub const DISK_PATH: &str = "/dev/disk/by-id/virtio-";
 /// The network namespace that all containers of a VM share. It is not the agent's own, so that nothing that a container
 /// does to its network can cut the agent off.
 pub const NETNS_PATH: &str = "/run/vz/netns";

@@ -33,7 +33,7 @@ const ANY: u32 = u32::MAX;
 const RESPONSE: u8 = 2;
 const DATA: u8 = 3;
 /// Events of one flood.
-const LIES: u32 = 20_000;
+const LIES: u32 = 5_000;
 
 type Scene = fn(&Lies) -> io::Result<()>;
 

@@ -207,6 +207,7 @@ pub async fn boot(workshop: &Workshop, subject: &Subject, plan: &Plan) -> Result
         sandbox: "vz-linux-bench".into(),
         machine: plan.machine,
         nics: wire.iter().map(|wire| wire.nic.clone()).collect(),
+        disks: Vec::new(),
         vcpus: plan.vcpus,
         memory_mib: plan.memory_mib,
         guest_bundle: subject.dir.clone(),

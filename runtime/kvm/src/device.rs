@@ -53,6 +53,10 @@ const COMMANDS: usize = 16;
 const EVENTS: usize = 16;
 
 /// The guest's interrupt line of a device.
+///
+/// That buffers were used, once true, stays true until the device is reset: a driver looks at its rings at each interrupt
+/// whatever else it is for, and its acknowledgement need not come here. KVM takes that one without an exit, see
+/// [`Interrupt::USED`].
 #[derive(Debug)]
 pub(crate) struct Interrupt {
     status: AtomicU32,
@@ -60,7 +64,7 @@ pub(crate) struct Interrupt {
 }
 
 impl Interrupt {
-    /// A buffer was used.
+    /// A buffer was used. An acknowledgement of just this is for nobody.
     pub(crate) const USED: u32 = 1;
     /// The configuration space changed, or the device needs a reset.
     pub(crate) const CONFIG: u32 = 2;
@@ -76,14 +80,19 @@ impl Interrupt {
         let _ = self.line.write(1);
     }
 
-    /// Why it was raised and not yet acknowledged.
+    /// Why it may have been raised.
     pub(crate) fn pending(&self) -> u32 {
         self.status.load(Ordering::SeqCst)
     }
 
     /// The driver has seen these reasons.
     pub(crate) fn acknowledge(&self, seen: u32) {
-        self.status.fetch_and(!seen, Ordering::SeqCst);
+        self.status.fetch_and(!(seen & Self::CONFIG), Ordering::SeqCst);
+    }
+
+    /// The device is as new.
+    fn reset(&self) {
+        self.status.store(0, Ordering::SeqCst);
     }
 
     /// What KVM turns into the guest's interrupt.
@@ -241,7 +250,7 @@ impl Device {
         // Ends when each has answered, or is gone.
         while answers.recv().is_ok() {}
         self.broken.store(false, Ordering::SeqCst);
-        self.interrupt.acknowledge(u32::MAX);
+        self.interrupt.reset();
     }
 
     /// Whether the device stopped and waits for a reset.

@@ -18,7 +18,7 @@ use crate::{
     acpi::{self, Slot},
     boot,
     bus::Bus,
-    device::{Device, Serving},
+    device::{Device, Interrupt, Serving},
     layout, memory,
     mmio::{self, Registers},
     ports::{Output, Ports, SERIAL_GSI},
@@ -196,12 +196,17 @@ fn create_vm(kvm: &Kvm) -> Result<VmFd, Error> {
     }
 }
 
-/// Lets KVM turn the guest's notifications into events, and our events into its interrupts.
+/// Lets KVM turn the guest's notifications into events, and our events into its interrupts; it also swallows the
+/// acknowledgements that mean nothing here.
 fn connect(vm: &VmFd, device: &Device, slot: Slot) -> Result<(), Error> {
     let register = IoEventAddress::Mmio(slot.base.saturating_add(mmio::NOTIFY));
     for (index, notification) in (0u32..).zip(&device.notifications) {
         vm.register_ioevent(notification, &register, index).map_err(Error::kvm("connect notification"))?;
     }
+    // Nobody reads it, and a full counter stops nobody.
+    let nobody = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).map_err(Error::system("make eventfd"))?;
+    let register = IoEventAddress::Mmio(slot.base.saturating_add(mmio::ACKNOWLEDGE));
+    vm.register_ioevent(&nobody, &register, Interrupt::USED).map_err(Error::kvm("connect acknowledgement"))?;
     vm.register_irqfd(device.interrupt.line(), slot.gsi).map_err(Error::kvm("connect interrupt"))
 }
 

@@ -17,6 +17,8 @@ use crate::device::Device;
 
 /// Offset of the queue notification register, which KVM listens to itself.
 pub(crate) const NOTIFY: u64 = 0x50;
+/// Offset of the interrupt acknowledgement register, of which KVM takes the most frequent value.
+pub(crate) const ACKNOWLEDGE: u64 = 0x64;
 /// Offset of the configuration space.
 const CONFIG: u64 = 0x100;
 
@@ -139,7 +141,7 @@ impl Registers {
             0x38 | 0x44 | 0x80..=0xa7 => self.set_queue_register(&mut state, offset, value),
             // Notifications are KVM's; one comes here where it has not registered them, and that is not so.
             NOTIFY => {}
-            0x64 => self.device.interrupt.acknowledge(value),
+            ACKNOWLEDGE => self.device.interrupt.acknowledge(value),
             0x70 => self.set_status(&mut state, value),
             _ => {}
         }

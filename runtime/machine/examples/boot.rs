@@ -47,6 +47,7 @@ fn options(dir: &Path) -> Result<Options, Box<dyn Error>> {
             sandbox: "test/boot".into(),
             machine: MachineChoice::Qemu,
             nics: Vec::new(),
+            disks: Vec::new(),
             vcpus: 1,
             memory_mib: 256,
             guest_bundle: "out/container".into(),

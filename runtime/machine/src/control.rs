@@ -15,7 +15,7 @@ pub const CONTROL_FD: i32 = 3;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
 pub enum Request {
-    /// Boot the VM. Answered by [`Event::Launched`] or [`Event::Ended`].
+    /// Boot the VM, with the descriptors of its cards and disks. Answered by [`Event::Launched`] or [`Event::Ended`].
     Boot(Box<BootConfig>),
     /// Connect to a vsock port of the guest. Answered by [`Event::Dialed`] with the same id.
     Dial {
@@ -132,6 +132,16 @@ pub struct Nic {
     pub queue_pairs: u16,
 }
 
+/// A disk of the guest. Its file comes with [`Request::Boot`], after the cards' descriptors, in the order of
+/// [`BootConfig::disks`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Disk {
+    /// Its name in the guest (`/sys/block/*/serial`), at most 20 bytes.
+    pub id: String,
+    /// The guest cannot write.
+    pub read_only: bool,
+}
+
 /// Everything that the vmm needs to know.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BootConfig {
@@ -141,6 +151,8 @@ pub struct BootConfig {
     pub machine: MachineChoice,
     /// Network cards.
     pub nics: Vec<Nic>,
+    /// Disks.
+    pub disks: Vec<Disk>,
     /// Virtual CPUs.
     pub vcpus: u32,
     /// Guest memory in MiB.

@@ -1,14 +1,18 @@
 //! The devices that every machine has.
 
-use std::{fs::File, time::Duration};
+use std::{fs::File, os::fd::OwnedFd, time::Duration};
 
 use vz_proto::GUEST_CID;
 use vz_virtio::{
+    blk::{self, Blk, BlkQueue},
     fs::{self, Fs},
     vsock::{self, Handle, Vsock},
 };
 
-use crate::{LaunchError, control::BootConfig};
+use crate::{
+    LaunchError,
+    control::{BootConfig, Disk, Nic},
+};
 
 /// How long the guest believes names and attributes of shared files: a burst of a program that starts, or of a walk over a
 /// tree, and no longer than people notice.
@@ -36,6 +40,35 @@ pub(crate) struct ShareRoot {
     pub(crate) proc_self_fd: File,
     /// Limit of open files of this process.
     pub(crate) nofile: u64,
+}
+
+/// What came with the configuration, sorted by what it is for.
+#[derive(Debug)]
+pub(crate) struct Files {
+    /// Network cards with their taps' queues.
+    pub(crate) nics: Vec<(Nic, Vec<OwnedFd>)>,
+    /// Disks, each by its queues.
+    pub(crate) disks: Vec<Vec<BlkQueue>>,
+}
+
+impl Files {
+    /// Call it outside of the jail, in which block devices tell nothing of themselves.
+    pub(crate) fn new(config: &BootConfig, files: Vec<OwnedFd>) -> Result<Self, LaunchError> {
+        let (nics, disks, found) = (config.nics.len(), config.disks.len(), files.len());
+        let wanted = config.nics.iter().map(|nic| usize::from(nic.queue_pairs)).sum::<usize>().saturating_add(disks);
+        if found != wanted {
+            return Err(LaunchError::Descriptors { nics, disks, wanted, found });
+        }
+        let mut files = files.into_iter();
+        let nic = |nic: &Nic| (nic.clone(), files.by_ref().take(nic.queue_pairs.into()).collect());
+        let nics = config.nics.iter().map(nic).collect();
+        let queues = request_queues(config);
+        let disks = config.disks.iter().zip(files).map(|(disk, file)| {
+            let Disk { id, read_only } = disk.clone();
+            Ok(Blk::new(blk::Config { file: file.into(), read_only, id, queues })?.split())
+        });
+        Ok(Self { nics, disks: disks.collect::<Result<_, LaunchError>>()? })
+    }
 }
 
 pub(crate) fn request_queues(config: &BootConfig) -> u16 {

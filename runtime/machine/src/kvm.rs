@@ -13,8 +13,8 @@ use vz_virtio::{balloon::Balloon, console::Console, net::Net, rng::Rng};
 
 use crate::{
     Exit, LaunchError, Machine, Outputs,
-    control::{BootConfig, MachineKind, Nic},
-    devices::Devices,
+    control::{BootConfig, MachineKind},
+    devices::{Devices, Files},
     vmm::Alarm,
 };
 
@@ -30,17 +30,11 @@ pub(crate) struct KvmMachine {
     outputs: Outputs,
     generation: [u8; 16],
     ending: Ending,
-    /// Network cards with their taps' queues.
-    nics: Vec<(Nic, Vec<OwnedFd>)>,
+    files: Files,
 }
 
 impl KvmMachine {
-    /// `taps` are as many as the cards have queue pairs.
-    pub(crate) fn launch(
-        config: &BootConfig,
-        bundle: &vz_linux::Bundle,
-        taps: Vec<OwnedFd>,
-    ) -> Result<Self, LaunchError> {
+    pub(crate) fn launch(config: &BootConfig, bundle: &vz_linux::Bundle, files: Files) -> Result<Self, LaunchError> {
         let mut cmdline = String::from(vz_kvm::KERNEL_ARGUMENTS);
         if !config.kernel_args.is_empty() {
             cmdline.push(' ');
@@ -62,10 +56,7 @@ impl KvmMachine {
             .and_then(|mut f| f.read_exact(&mut generation))
             .map_err(LaunchError::Random)?;
         let ending = made.ending().clone();
-        let mut taps = taps.into_iter();
-        let nics =
-            config.nics.iter().map(|nic| (nic.clone(), taps.by_ref().take(nic.queue_pairs.into()).collect())).collect();
-        Ok(Self { made: Some(made), running: None, console: to_console, outputs, generation, ending, nics })
+        Ok(Self { made: Some(made), running: None, console: to_console, outputs, generation, ending, files })
     }
 }
 
@@ -132,13 +123,22 @@ impl Machine for KvmMachine {
             single(Rng::new().map_err(LaunchError::Random)?, "rng", Role::Device),
             single(balloon, "balloon", Role::Device),
         ];
-        for (number, (nic, taps)) in self.nics.drain(..).enumerate() {
+        for (number, (nic, taps)) in self.files.nics.drain(..).enumerate() {
             let pairs = Net::new(taps, nic.mac, None)?.split().into_iter().enumerate();
             let workers = pairs.map(|(pair, backend)| Worker {
                 queues: backend.queues(),
                 backend: Box::new(backend),
                 thread: format!("net-{number}-{pair}"),
                 role: Role::Net,
+            });
+            devices.push(workers.collect());
+        }
+        for (number, queues) in self.files.disks.drain(..).enumerate() {
+            let workers = queues.into_iter().enumerate().map(|(index, queue)| Worker {
+                backend: Box::new(queue),
+                queues: 1 << index,
+                thread: format!("disk-{number}-{index}"),
+                role: Role::Block,
             });
             devices.push(workers.collect());
         }

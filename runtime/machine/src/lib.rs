@@ -86,10 +86,12 @@ enum LaunchError {
     Refused(#[from] Refused),
     #[error("no machine can run on this host: {kvm}; {advice}; and QEMU", advice = kvm.advice())]
     Neither { kvm: Unusable, source: vz_qemu::Error },
-    #[error("{nics} network cards need {wanted} tap descriptors, got {found}")]
-    Taps { nics: usize, wanted: usize, found: usize },
-    #[error("machine \"qemu\" has room for {most} network cards, not {found}")]
-    TooManyNics { found: usize, most: usize },
+    #[error(transparent)]
+    Disk(#[from] vz_virtio::blk::BlkError),
+    #[error("{nics} network cards and {disks} disks need {wanted} descriptors, got {found}")]
+    Descriptors { nics: usize, disks: usize, wanted: usize, found: usize },
+    #[error("machine \"qemu\" has room for {most} network cards and disks, not {nics} and {disks}")]
+    TooMany { nics: usize, disks: usize, most: usize },
     #[error("machine \"kvm\" cannot count the guest's instructions; machine \"qemu\" can")]
     Uncounted,
     #[error("make vsock device")]
@@ -98,21 +100,22 @@ enum LaunchError {
     Shape { vcpus: u32, memory_mib: u64 },
 }
 
-/// Starts the machine that the configuration asks for, or the best that works. `taps` belong to its network cards.
-fn launch(config: &BootConfig, bundle: &vz_linux::Bundle, taps: Vec<OwnedFd>) -> Result<Box<dyn Machine>, LaunchError> {
+/// Starts the machine that the configuration asks for, or the best that works. `files` are its cards' taps and its disks.
+fn launch(
+    config: &BootConfig,
+    bundle: &vz_linux::Bundle,
+    files: Vec<OwnedFd>,
+) -> Result<Box<dyn Machine>, LaunchError> {
     if config.vcpus == 0 || config.memory_mib == 0 {
         return Err(LaunchError::Shape { vcpus: config.vcpus, memory_mib: config.memory_mib });
     }
-    let wanted = config.nics.iter().map(|nic| usize::from(nic.queue_pairs)).sum();
-    if taps.len() != wanted {
-        return Err(LaunchError::Taps { nics: config.nics.len(), wanted, found: taps.len() });
-    }
+    let files = devices::Files::new(config, files)?;
     let Selection { kind, reason } = select::select(config.machine, &verdict::Host::this())?;
     tracing::debug!(?kind, "machine is chosen: {reason}");
     match kind {
         MachineKind::Kvm if config.count_instructions => Err(LaunchError::Uncounted),
-        MachineKind::Kvm => Ok(Box::new(kvm::KvmMachine::launch(config, bundle, taps)?)),
-        MachineKind::Qemu => match (qemu::QemuMachine::launch(config, bundle, taps), reason) {
+        MachineKind::Kvm => Ok(Box::new(kvm::KvmMachine::launch(config, bundle, files)?)),
+        MachineKind::Qemu => match (qemu::QemuMachine::launch(config, bundle, files), reason) {
             (Ok(machine), _) => Ok(Box::new(machine)),
             (Err(LaunchError::Qemu(source)), Reason::Unusable(kvm)) => Err(LaunchError::Neither { kvm, source }),
             (Err(e), _) => Err(e),

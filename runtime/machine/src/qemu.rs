@@ -2,18 +2,19 @@
 
 use std::{
     io,
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    os::fd::{AsFd, BorrowedFd},
     sync::Arc,
 };
 
 use vz_jail::Role;
 use vz_qemu::{Config, Device, Nic, Qemu};
 use vz_vhost::{Endpoint, OnFailure, Worker};
+use vz_virtio::blk::BlkQueue;
 
 use crate::{
     Exit, LaunchError, Machine, Outputs,
     control::{BootConfig, MachineKind},
-    devices::{Devices, request_queues},
+    devices::{Devices, Files, request_queues},
     vmm::Alarm,
 };
 
@@ -21,8 +22,8 @@ mod clock;
 
 /// Size of the file system's queues, as QEMU tells the guest: a request of 1 MiB takes some 260 descriptors.
 const FS_QUEUE_SIZE: u16 = 1024;
-/// The board has room for eight devices; the others are file system, vsock and entropy.
-const MOST_NICS: usize = 5;
+/// The board has room for eight devices; the others are file system, vsock, entropy and balloon.
+const MOST_NICS_AND_DISKS: usize = 4;
 /// Queues of the vsock device that QEMU leaves to us; the event queue it keeps.
 const VSOCK_QUEUES: usize = 2;
 
@@ -32,22 +33,15 @@ pub(crate) struct QemuMachine {
     outputs: Outputs,
     fs: Option<Endpoint>,
     vsock: Option<Endpoint>,
+    disks: Vec<(Vec<BlkQueue>, Endpoint)>,
 }
 
 impl QemuMachine {
-    pub(crate) fn launch(
-        config: &BootConfig,
-        bundle: &vz_linux::Bundle,
-        taps: Vec<OwnedFd>,
-    ) -> Result<Self, LaunchError> {
-        if config.nics.len() > MOST_NICS {
-            return Err(LaunchError::TooManyNics { found: config.nics.len(), most: MOST_NICS });
+    pub(crate) fn launch(config: &BootConfig, bundle: &vz_linux::Bundle, files: Files) -> Result<Self, LaunchError> {
+        let (nics, disks) = (files.nics.len(), files.disks.len());
+        if nics.saturating_add(disks) > MOST_NICS_AND_DISKS {
+            return Err(LaunchError::TooMany { nics, disks, most: MOST_NICS_AND_DISKS });
         }
-        let mut taps = taps.into_iter();
-        let nic = |nic: &crate::control::Nic| Nic {
-            mac: nic.mac,
-            queues: taps.by_ref().take(usize::from(nic.queue_pairs)).collect(),
-        };
         let program = vz_qemu::find(&config.qemu, std::env::var_os("PATH").as_deref())?;
         let (fs, fs_socket) = Endpoint::new(&config.state_dir, "fs")?;
         let (vsock, vsock_socket) = Endpoint::new(&config.state_dir, "vsock")?;
@@ -56,6 +50,13 @@ impl QemuMachine {
             request_queues: request_queues(config),
             queue_size: FS_QUEUE_SIZE,
         };
+        let mut devices = vec![(fs_device, fs_socket), (Device::Vsock, vsock_socket)];
+        let mut disks = Vec::new();
+        for (number, queues) in files.disks.into_iter().enumerate() {
+            let (ours, socket) = Endpoint::new(&config.state_dir, "disk")?;
+            devices.push((Device::Disk { number, queues: request_queues(config) }, socket));
+            disks.push((queues, ours));
+        }
         let mut append = kernel_arguments(config.vcpus, config.count_instructions);
         if !config.kernel_args.is_empty() {
             append.push(' ');
@@ -71,11 +72,11 @@ impl QemuMachine {
             initramfs: &bundle.initramfs,
             append: &append,
             count_instructions: config.count_instructions,
-            devices: vec![(fs_device, fs_socket), (Device::Vsock, vsock_socket)],
-            nics: config.nics.iter().map(nic).collect(),
+            devices,
+            nics: files.nics.into_iter().map(|(nic, queues)| Nic { mac: nic.mac, queues }).collect(),
         })?;
         let outputs = Outputs { console: qemu.console.take(), complaints: qemu.stderr.take() };
-        Ok(Self { qemu, outputs, fs: Some(fs), vsock: Some(vsock) })
+        Ok(Self { qemu, outputs, fs: Some(fs), vsock: Some(vsock), disks })
     }
 }
 
@@ -138,7 +139,20 @@ impl Machine for QemuMachine {
                     role: Role::Fs,
                 })
                 .collect();
-            vz_vhost::serve("fs", workers.len(), workers, endpoint, on_failure)?;
+            vz_vhost::serve("fs", workers.len(), workers, endpoint, on_failure.clone())?;
+        }
+        for (number, (queues, endpoint)) in self.disks.drain(..).enumerate() {
+            let workers: Vec<Worker> = queues
+                .into_iter()
+                .enumerate()
+                .map(|(index, queue)| Worker {
+                    backend: Box::new(queue),
+                    queues: 1 << index,
+                    thread: format!("disk-{number}-{index}"),
+                    role: Role::Block,
+                })
+                .collect();
+            vz_vhost::serve(&format!("disk{number}"), workers.len(), workers, endpoint, on_failure.clone())?;
         }
         Ok(())
     }

@@ -56,12 +56,12 @@ pub enum SpawnError {
 }
 
 impl Spawn<'_> {
-    /// Starts it, and tells it to boot, with `taps` for its network cards. Call it from the main thread: the process does
+    /// Starts it, and tells it to boot, with `files` for its network cards and disks. Call it from the main thread: the process does
     /// not outlive the one that has started it, nor, once it is told anything, this end of its channel.
-    pub fn boot(&self, config: BootConfig, taps: &[OwnedFd]) -> Result<(Channel, Process), SpawnError> {
+    pub fn boot(&self, config: BootConfig, files: &[OwnedFd]) -> Result<(Channel, Process), SpawnError> {
         let (channel, process) = self.process().map_err(SpawnError::Process)?;
-        let taps: Vec<_> = taps.iter().map(AsFd::as_fd).collect();
-        control::send(&channel, &Request::Boot(Box::new(config)), &taps).map_err(SpawnError::Boot)?;
+        let files: Vec<_> = files.iter().map(AsFd::as_fd).collect();
+        control::send(&channel, &Request::Boot(Box::new(config)), &files).map_err(SpawnError::Boot)?;
         Ok((channel, process))
     }
 

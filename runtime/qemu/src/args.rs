@@ -4,6 +4,10 @@ use std::os::fd::{OwnedFd, RawFd};
 
 use crate::Config;
 
+/// Most random bytes that the guest gets in a period, and its length. A guest asks for 64 at a time.
+const RANDOM_BYTES: u32 = 1 << 20;
+const RANDOM_PERIOD_MS: u32 = 1000;
+
 /// A network card that QEMU serves itself, on TAP devices' descriptors.
 #[derive(Debug)]
 pub struct Nic {
@@ -27,7 +31,17 @@ pub enum Device {
     },
     /// virtio-vsock; its context id is the device's to tell.
     Vsock,
+    /// virtio-blk.
+    Disk {
+        /// Which one, from 0.
+        number: usize,
+        /// Number of queues.
+        queues: u16,
+    },
 }
+
+/// Size of a disk's queues.
+const DISK_QUEUE_SIZE: u16 = 256;
 
 /// The arguments, without the program's name. Kernel, initramfs, the devices' sockets and the cards' queues are inherited
 /// as the descriptors `first`, `first + 1`, and so on.
@@ -78,8 +92,9 @@ pub fn arguments(config: &Config<'_>, first: RawFd) -> Vec<String> {
     add("global", "virtio-mmio.force-legacy=false".into());
     for ((device, _), fd) in devices.iter().zip(sockets..) {
         let id = match device {
-            Device::Fs { .. } => "fs",
-            Device::Vsock => "vsock",
+            Device::Fs { .. } => "fs".to_owned(),
+            Device::Vsock => "vsock".to_owned(),
+            Device::Disk { number, .. } => format!("disk{number}"),
         };
         add("chardev", format!("socket,id={id},fd={fd}"));
         add(
@@ -90,6 +105,9 @@ pub fn arguments(config: &Config<'_>, first: RawFd) -> Vec<String> {
                     escape(tag)
                 ),
                 Device::Vsock => format!("vhost-user-vsock-device,chardev={id}"),
+                Device::Disk { queues, .. } => {
+                    format!("vhost-user-blk,chardev={id},num-queues={queues},queue-size={DISK_QUEUE_SIZE}")
+                }
             },
         );
     }
@@ -107,7 +125,8 @@ pub fn arguments(config: &Config<'_>, first: RawFd) -> Vec<String> {
     if !*count_instructions {
         // Its answers come when the host has time for them.
         add("object", "rng-builtin,id=rng".into());
-        add("device", "virtio-rng-device,rng=rng".into());
+        // QEMU makes all that the guest asks for before it hands it over: 4 GiB at a time, were it not limited.
+        add("device", format!("virtio-rng-device,rng=rng,max-bytes={RANDOM_BYTES},period={RANDOM_PERIOD_MS}"));
     }
     // Memory that the guest frees goes back to the host.
     add("device", "virtio-balloon-device,free-page-reporting=on,deflate-on-oom=on".into());
@@ -149,7 +168,11 @@ mod tests {
                 initramfs: &null,
                 append: "console=ttyS0 a,b",
                 count_instructions: false,
-                devices: vec![(fs, UnixStream::pair().unwrap().0), (Device::Vsock, UnixStream::pair().unwrap().0)],
+                devices: vec![
+                    (fs, UnixStream::pair().unwrap().0),
+                    (Device::Vsock, UnixStream::pair().unwrap().0),
+                    (Device::Disk { number: 0, queues: 2 }, UnixStream::pair().unwrap().0),
+                ],
                 nics: vec![nic(0, 1), nic(1, 2)],
             },
             3,
@@ -171,14 +194,17 @@ mod tests {
         );
         assert_eq!(value("-chardev", 2), "socket,id=vsock,fd=6");
         assert_eq!(value("-device", 1), "vhost-user-vsock-device,chardev=vsock");
-        assert_eq!(value("-netdev", 0), "tap,id=net0,fd=7,vhost=off");
-        assert_eq!(value("-device", 2), "virtio-net-device,netdev=net0,mac=02:00:00:00:00:00");
-        assert_eq!(value("-netdev", 1), "tap,id=net1,fds=8:9,vhost=off");
-        assert_eq!(value("-device", 3), "virtio-net-device,netdev=net1,mac=02:00:00:00:00:01,mq=on");
+        assert_eq!(value("-device", 2), "vhost-user-blk,chardev=disk0,num-queues=2,queue-size=256");
+        assert_eq!(value("-netdev", 0), "tap,id=net0,fd=8,vhost=off");
+        assert_eq!(value("-device", 3), "virtio-net-device,netdev=net0,mac=02:00:00:00:00:00");
+        assert_eq!(value("-netdev", 1), "tap,id=net1,fds=9:10,vhost=off");
+        assert_eq!(value("-device", 4), "virtio-net-device,netdev=net1,mac=02:00:00:00:00:01,mq=on");
         for option in ["-nodefaults", "-no-user-config", "-no-reboot"] {
             assert!(args.iter().any(|a| a == option), "{option}");
         }
         assert!(!args.iter().any(|a| a == "-icount"));
+        // The guest decides how much it asks for.
+        assert!(args.iter().any(|a| a.starts_with("virtio-rng-device") && a.contains("max-bytes=1048576,period=1000")));
     }
 
     #[test]

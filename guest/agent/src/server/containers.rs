@@ -15,6 +15,7 @@ use vz_proto::{CreateContainerRequest, Stdio as StdioTokens};
 
 use super::{
     cgroup::Cgroup,
+    disks,
     error::{CallError, Result},
     link::Link,
     network::Network,
@@ -199,7 +200,8 @@ impl Agent {
             self.network.update(&request.network)?;
         }
         let tokens = request.stdio.unwrap_or_default();
-        let prepared = prepare(&request.spec, id, tokens.terminal)?;
+        let mut prepared = prepare(&request.spec, id, tokens.terminal)?;
+        disks::settle(&mut prepared.spec, &request.disks)?;
         self.state().add(id, Stage::Creating, prepared.outlives_init)?;
         let created = self.try_create(id, &prepared, &tokens).await;
         if created.is_err()

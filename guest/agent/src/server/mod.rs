@@ -8,6 +8,7 @@
 
 mod cgroup;
 mod containers;
+mod disks;
 mod error;
 mod events;
 mod forward;

@@ -2,7 +2,7 @@
 //! capability. Nothing outside the share is read or written, nothing on the host grows without bound, and other sandboxes
 //! do not notice.
 //!
-//! What needs a hostile guest kernel, raw requests of its drivers, is tested with mock queues: `vz-virtio`.
+//! What needs a hostile guest kernel, raw requests of its drivers, is in `metal`.
 
 use std::{collections::BTreeMap, fs, os::unix::fs::PermissionsExt, path::Path, time::Duration};
 

@@ -7,6 +7,7 @@ mod check;
 mod checker;
 mod cli;
 mod crash;
+mod disks;
 mod errors;
 mod escape;
 mod events;
@@ -16,6 +17,7 @@ mod hostile;
 mod lifecycle;
 mod linux;
 mod machine;
+mod metal;
 mod net;
 mod net_faults;
 mod net_same;
@@ -32,6 +34,7 @@ fn main() -> ExitCode {
         bench::TESTS,
         run::TESTS,
         files::TESTS,
+        disks::TESTS,
         options::TESTS,
         stdio::TESTS,
         exec::TESTS,
@@ -40,6 +43,7 @@ fn main() -> ExitCode {
         errors::TESTS,
         escape::TESTS,
         hostile::TESTS,
+        metal::TESTS,
         cli::TESTS,
         oci::TESTS,
         machine::TESTS,

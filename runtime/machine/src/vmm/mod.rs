@@ -145,13 +145,13 @@ struct Started {
 }
 
 /// The privileged sequence: everything of the host that is needed is opened, then left behind.
-fn start(config: &BootConfig, taps: Vec<OwnedFd>, alarm: Alarm) -> Result<Started, StartError> {
+fn start(config: &BootConfig, files: Vec<OwnedFd>, alarm: Alarm) -> Result<Started, StartError> {
     let nofile = vz_jail::prepare()?;
     let console = Console::create(&config.state_dir, config.console_limit)
         .map_err(|source| StartError::Console { dir: config.state_dir.display().to_string(), source })?;
     let bundle = vz_linux::Bundle::open(&config.guest_bundle).map_err(LaunchError::from)?;
     // QEMU first: it starts while we go on, and waits for its devices.
-    let mut machine = launch(config, &bundle, taps)?;
+    let mut machine = launch(config, &bundle, files)?;
     drop(bundle);
     let host_pid = machine.pid().and_then(|_| pid_outside(machine.as_ref()));
     let proc_self_fd = vz_jail::enter_root(&config.share)?;

@@ -67,6 +67,7 @@ fn config(deadline_ms: u64) -> BootConfig {
         sandbox: "test/loop".into(),
         machine: MachineChoice::default(),
         nics: Vec::new(),
+        disks: Vec::new(),
         vcpus: 1,
         memory_mib: 1,
         guest_bundle: "/".into(),
