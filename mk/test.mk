@@ -2,12 +2,12 @@
 
 SUITE_FILTER ?=
 
-.PHONY: fuzz hostile test-unit test-integration test-release test-reproducible test-runc test-kvm test-kvm-core
+.PHONY: fuzz hostile developer test-unit test-integration test-release test-reproducible test-runc test-kvm test-kvm-core
 
 test-unit: ## Unit tests of all crates
 	@$(CARGO) test --locked -q --workspace --exclude vz-suite
 
-test-integration: build bundle hostile ## Integration tests: real containerd, real guests; needs root (SUITE_FILTER='events:: crash::' runs some)
+test-integration: build bundle hostile developer ## Integration tests: real containerd, real guests; needs root (SUITE_FILTER='events:: crash::' runs some)
 	@$(CARGO) test --locked -q -p vz-suite --lib
 	@$(CARGO) test --locked -q -p vz-suite --test suite -- $(SUITE_FILTER)
 
@@ -29,6 +29,13 @@ test-kvm-core: build bundle hostile ## Of these the core that CI runs; says whic
 hostile: bundle ## Make out/hostile and out/metal for the tests: an init that lies to the host, and a guest that speaks raw virtio
 	@mk/bundle/hostile
 	@mk/bundle/metal
+
+# Twenty processor minutes go into the developer's kernel: its configuration is checked here in any case, but its bundle is only made, and tested,
+# where that kernel is cached. Elsewhere the test is skipped, and says so; `make bundle KERNEL_PROFILE=developer` caches it.
+developer:
+	@$(MAKE) --no-print-directory check-kernel KERNEL_PROFILE=developer
+	@entry=$$($(for_guest) $(bundle_root)/kernel/build --config developer) && \
+		if [ -e "$$entry/vmlinux" ]; then $(MAKE) --no-print-directory bundle KERNEL_PROFILE=developer; fi
 
 fuzz: ## Fuzz everything that parses what a guest says (FUZZ_SECONDS=60 for each target, FUZZ_TARGETS='net blk' for some)
 	@mk/fuzz $(FUZZ_TARGETS)

@@ -2,9 +2,7 @@
 
 use std::{
     collections::HashMap,
-    env,
-    ffi::CString,
-    fs::{File, OpenOptions},
+    fs::File,
     io,
     os::{
         fd::{AsFd, OwnedFd},
@@ -18,19 +16,19 @@ use std::{
 };
 
 use nix::{
-    sched::CloneFlags,
     sys::{signal::Signal, wait::WaitStatus},
+    unistd::Pid,
 };
 use tokio::{
     io::unix::AsyncFd,
     net::UnixStream,
     sync::{mpsc, oneshot},
 };
-use vz_machine::control::{self, BootConfig, CONTROL_FD, Ended, Event, MachineKind, Request};
-use vz_sys::{
-    channel::Channel,
-    process::{Command, Process, Steps},
+use vz_machine::{
+    control::{self, BootConfig, Ended, Event, MachineKind, Request},
+    spawn::{Spawn, SpawnError},
 };
+use vz_sys::{channel::Channel, process::Process};
 
 use crate::cgroup::Cgroup;
 
@@ -40,9 +38,9 @@ const ACCEPTED_QUEUE: usize = 16;
 /// Why the vmm could not be used.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The process could not be started.
-    #[error("start vmm process")]
-    Spawn(#[source] io::Error),
+    /// It could not be started.
+    #[error(transparent)]
+    Spawn(#[from] SpawnError),
     /// It does not answer any more.
     #[error("vmm process is gone")]
     Gone,
@@ -118,42 +116,16 @@ pub fn start(
     place: &Place<'_>,
     stderr: Option<&File>,
 ) -> Result<Started, Error> {
-    let (ours, theirs) = Channel::pair().map_err(Error::Spawn)?;
-    let null = OpenOptions::new().read(true).write(true).open("/dev/null").map_err(Error::Spawn)?;
-    let stderr = stderr.unwrap_or(&null);
-    let mut environment = Vec::new();
-    for name in ["PATH", "RUST_BACKTRACE"] {
-        if let Some(value) = env::var_os(name) {
-            let pair = [name.as_bytes(), b"=", value.as_encoded_bytes()].concat();
-            environment.push(CString::new(pair).map_err(|e| Error::Spawn(e.into()))?);
-        }
-    }
-    let user_namespace = if place.user_namespace { CloneFlags::CLONE_NEWUSER } else { CloneFlags::empty() };
-    let command = Command {
-        program: c"/proc/self/exe".into(),
-        args: vec![c"containerd-shim-vz-v2".into(), c"vmm".into()],
-        env: environment,
-        fds: vec![(null.as_fd(), 0), (null.as_fd(), 1), (stderr.as_fd(), 2), (theirs.as_fd(), CONTROL_FD)],
-        namespaces: CloneFlags::CLONE_NEWNS
-            | CloneFlags::CLONE_NEWPID
-            | CloneFlags::CLONE_NEWIPC
-            | CloneFlags::CLONE_NEWNET
-            | CloneFlags::CLONE_NEWUTS
-            | CloneFlags::CLONE_NEWCGROUP
-            | user_namespace,
-        outlives_parent: false,
+    // Before it takes any memory, which is counted where it was taken.
+    let admit = |pid: Pid| place.cgroup.map_or(Ok(()), |cgroup| cgroup.add(pid.as_raw()).map_err(io::Error::other));
+    let spawn = Spawn {
+        name: c"containerd-shim-vz-v2",
+        stderr: stderr.map(AsFd::as_fd),
+        user_namespace: place.user_namespace,
+        admit: &admit,
     };
-    // From in there the limit could not be raised.
-    let admit = |pid: nix::unistd::Pid| {
-        vz_sys::process::raise_open_files(pid, control::OPEN_FILES)?;
-        // Before it takes any memory, which is counted where it was taken.
-        place.cgroup.map_or(Ok(()), |cgroup| cgroup.add(pid.as_raw()).map_err(io::Error::other))
-    };
-    let process = command.spawn_with(Steps { parent: Some(&admit), child: None }).map_err(Error::Spawn)?;
-    drop(theirs);
-    let files: Vec<_> = files.iter().map(AsFd::as_fd).collect();
-    control::send(&ours, &Request::Boot(Box::new(config)), &files).map_err(Error::Send)?;
-    Ok(Started { channel: ours, process })
+    let (channel, process) = spawn.boot(config, files)?;
+    Ok(Started { channel, process })
 }
 
 impl Started {

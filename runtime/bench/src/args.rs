@@ -30,7 +30,8 @@ most.
 INSTRUCTIONS
 
 --instructions has QEMU count the guest's instructions and advance all of the guest's clocks by one nanosecond for each, \
-instead of by time; random numbers and the calendar are the same each time. A guest that waits counts as well: it is made \
+instead of by time; random numbers and the calendar are the same each time. The VM has all of a container's devices but \
+the one for entropy, whose host part is a thread that answers when it gets to it: to count, it is left out. A guest that waits counts as well: it is made \
 to spin. So everything up to init is the same number in every run, whatever else the host does. From init to the hello \
 the guest waits for the host's side of its vsock connection, for as long as that takes; what the agent itself used of the \
 processor, system calls included, is known from its own CPU time.

@@ -1,9 +1,6 @@
 //! A VM: the `vmm` process of this same program, started the way the shim starts its own.
 
 use std::{
-    env,
-    ffi::CString,
-    fs::OpenOptions,
     io,
     os::{
         fd::{AsFd, OwnedFd},
@@ -11,23 +8,23 @@ use std::{
     },
 };
 
-use nix::{sched::CloneFlags, sys::signal::Signal};
+use nix::sys::signal::Signal;
 use tokio::{
     io::{Interest, unix::AsyncFd},
     net::UnixStream,
 };
-use vz_machine::control::{self, BootConfig, CONTROL_FD, Ended, Event, MachineKind, Request};
-use vz_sys::{
-    channel::Channel,
-    process::{Command, Process, Steps},
+use vz_machine::{
+    control::{self, BootConfig, Ended, Event, MachineKind, Request},
+    spawn::{Spawn, SpawnError},
 };
+use vz_sys::{channel::Channel, process::Process};
 
 /// Why a VM could not be used.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// Its process.
-    #[error("start vmm process")]
-    Spawn(#[source] io::Error),
+    /// It could not be started.
+    #[error(transparent)]
+    Spawn(#[from] SpawnError),
     /// Its control channel.
     #[error("talk to vmm process")]
     Channel(#[source] io::Error),
@@ -61,46 +58,18 @@ pub struct Vm {
 impl Vm {
     /// Starts it. Call it from the main thread, and in a runtime.
     pub fn start(config: BootConfig, taps: &[OwnedFd]) -> Result<Self, Error> {
-        let (ours, theirs) = Channel::pair().map_err(Error::Spawn)?;
-        let null = OpenOptions::new().read(true).write(true).open("/dev/null").map_err(Error::Spawn)?;
         let stderr = io::stderr();
-        let mut environment = Vec::new();
-        for name in ["PATH", "RUST_BACKTRACE"] {
-            if let Some(value) = env::var_os(name) {
-                let pair = [name.as_bytes(), b"=", value.as_encoded_bytes()].concat();
-                environment.push(CString::new(pair).map_err(|e| Error::Spawn(e.into()))?);
-            }
-        }
-        let command = Command {
-            program: c"/proc/self/exe".into(),
-            args: vec![c"vz-linux-bench".into(), c"vmm".into()],
-            env: environment,
-            fds: vec![(null.as_fd(), 0), (null.as_fd(), 1), (stderr.as_fd(), 2), (theirs.as_fd(), CONTROL_FD)],
-            // As the shim does, so that what is measured is what containers get.
-            namespaces: CloneFlags::CLONE_NEWNS
-                | CloneFlags::CLONE_NEWPID
-                | CloneFlags::CLONE_NEWIPC
-                | CloneFlags::CLONE_NEWNET
-                | CloneFlags::CLONE_NEWUTS
-                | CloneFlags::CLONE_NEWCGROUP
-                | CloneFlags::CLONE_NEWUSER,
-            outlives_parent: false,
-        };
-        let admit = |pid| vz_sys::process::raise_open_files(pid, control::OPEN_FILES);
-        let process = command.spawn_with(Steps { parent: Some(&admit), child: None }).map_err(Error::Spawn)?;
-        drop(theirs);
-        let ready = ours.set_nonblocking(true).and_then(|()| watch(ours)).map_err(Error::Channel);
-        let channel = match ready {
-            Ok(channel) => channel,
+        // As the shim does, so that what is measured is what containers get.
+        let spawn =
+            Spawn { name: c"vz-linux-bench", stderr: Some(stderr.as_fd()), user_namespace: true, admit: &|_| Ok(()) };
+        let (channel, process) = spawn.boot(config, taps)?;
+        match channel.set_nonblocking(true).and_then(|()| watch(channel)) {
+            Ok(channel) => Ok(Self { channel, process, machine: None, accepted: Vec::new(), dials: 0 }),
             Err(e) => {
                 end(&process);
-                return Err(e);
+                Err(Error::Channel(e))
             }
-        };
-        let vm = Self { channel, process, machine: None, accepted: Vec::new(), dials: 0 };
-        let taps: Vec<_> = taps.iter().map(AsFd::as_fd).collect();
-        control::send(vm.channel.get_ref(), &Request::Boot(Box::new(config)), &taps).map_err(Error::Channel)?;
-        Ok(vm)
+        }
     }
 
     /// Which machine it runs on, once something was heard of the guest.

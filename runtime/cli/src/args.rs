@@ -118,8 +118,9 @@ pub enum Command {
 pub enum System {
     /// Linux: a kernel, an initramfs with the agent, and youki.
     ///
-    /// Bundles are looked for in $VZ_LINUX_DIR, or where that is not set in ~/.vz/linux, /usr/local/share/vz/linux and
-    /// /usr/share/vz/linux, each of which has a directory for each profile.
+    /// Bundles are looked for in $VZ_LINUX_DIR, or where that is not set in ~/.vz/linux, /usr/local/share/vz/linux,
+    /// /usr/share/vz/linux and /var/lib/vz/linux: each has a directory for each profile, or is a bundle itself. The first one
+    /// counts.
     Linux {
         /// What to do.
         #[command(subcommand)]
@@ -132,7 +133,9 @@ pub enum System {
 pub enum Linux {
     /// Install a bundle, as a whole or not at all, and verify it.
     ///
-    /// Without --from it is enough that there is one.
+    /// Without --from it is enough that there is one; where there is none, the one that this program brings along is
+    /// installed: an installed vz has the container's, in /var/lib/vz/linux for root, in ~/.vz/linux for others. With
+    /// --from the place is --dir, or $VZ_LINUX_DIR, or ~/.vz/linux.
     Init {
         /// Which and where.
         #[command(flatten)]

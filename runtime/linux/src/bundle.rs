@@ -36,9 +36,7 @@ pub struct Bundle {
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// `version.json` is missing or cannot be read.
-    #[error(
-        "no guest bundle in {dir}: read version.json; build it with `make bundle`, or set `guest.bundle` in the configuration"
-    )]
+    #[error("no guest bundle in {dir}: read version.json")]
     Missing {
         /// The bundle's directory.
         dir: PathBuf,

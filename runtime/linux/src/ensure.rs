@@ -1,11 +1,15 @@
 //! One call from "a kernel of this profile" to a bundle that is there and good.
 
-use std::path::{Path, PathBuf};
+use std::{
+    io,
+    path::{Path, PathBuf},
+};
 
 use crate::{
     Bundle, Error, INITRAMFS, KERNEL, KernelProfile, VERSION, VersionInfo, YOUKI,
     install::{InstallError, Source, install, is_outdated},
     locate::{Places, in_base},
+    profile::UnknownProfile,
 };
 
 /// Version of the agent that this crate's users speak to, which is that of the whole project.
@@ -49,13 +53,24 @@ pub struct KernelBundleOptions<'a> {
 pub enum EnsureError {
     /// There is none, and nothing to install.
     #[error(
-        "no guest bundle of profile {profile} in {searched}: install one with `vz vm linux init --from DIR`, or set VZ_LINUX_DIR"
+        "no guest bundle of profile {profile} in {searched}: install one with `vz vm linux init --kernel-profile {profile} --from DIR`, or name its directory with VZ_LINUX_DIR, for containers also with `guest.bundle` in the configuration"
     )]
     NotFound {
         /// The profile.
         profile: KernelProfile,
         /// Where it was looked for.
         searched: String,
+    },
+    /// There is none of this profile in the directory that was named.
+    #[error(
+        "no guest bundle of profile {profile} in {dir}: install one with `vz vm linux init --kernel-profile {profile} --dir {dir} --from DIR`, or name another directory where this one was named: with --dir, VZ_LINUX_DIR, or `guest.bundle` in the configuration",
+        dir = dir.display()
+    )]
+    NotInDir {
+        /// The profile.
+        profile: KernelProfile,
+        /// The directory.
+        dir: PathBuf,
     },
     /// There is none, and no place to install one.
     #[error("no guest bundle of profile {profile}, and no home directory to install one in: set HOME or VZ_LINUX_DIR")]
@@ -75,6 +90,14 @@ pub enum EnsureError {
         wanted: KernelProfile,
         /// What it is.
         found: String,
+    },
+    /// Its profile is none that this program knows.
+    #[error("guest bundle {dir}: profile in version.json", dir = dir.display())]
+    UnknownProfile {
+        /// The bundle's directory.
+        dir: PathBuf,
+        /// Which.
+        source: UnknownProfile,
     },
     /// It is for another processor.
     #[error("guest bundle {dir} is for {found}, this machine is {wanted}; install the bundle for it", dir = dir.display(), wanted = std::env::consts::ARCH)]
@@ -118,11 +141,8 @@ impl KernelBundle {
 
     fn check(dir: &Path, cache: Option<&Path>) -> Result<Self, EnsureError> {
         let version = Bundle::verify_all(dir, cache)?;
-        let profile = version.profile.parse().map_err(|_| EnsureError::Profile {
-            dir: dir.to_owned(),
-            wanted: KernelProfile::default(),
-            found: version.profile.clone(),
-        })?;
+        let profile =
+            version.profile.parse().map_err(|source| EnsureError::UnknownProfile { dir: dir.to_owned(), source })?;
         if let Some(found) = version.architecture.clone().filter(|found| found != std::env::consts::ARCH) {
             return Err(EnsureError::Architecture { dir: dir.to_owned(), found });
         }
@@ -190,8 +210,14 @@ pub fn ensure_kernel_bundle(options: &KernelBundleOptions<'_>) -> Result<KernelB
 /// directory, else the first one of this profile. What is in it has not been looked at.
 pub fn locate(configured: Option<&Path>, profile: KernelProfile) -> Result<PathBuf, EnsureError> {
     match configured {
-        // Whoever opens it says what is wrong with it.
-        Some(dir) => Ok(in_base(dir, profile).unwrap_or_else(|| dir.to_owned())),
+        Some(dir) => match in_base(dir, profile) {
+            Some(bundle) => Ok(bundle),
+            None if dir.join(VERSION).symlink_metadata().is_err_and(|e| e.kind() == io::ErrorKind::NotFound) => {
+                Err(EnsureError::NotInDir { profile, dir: dir.to_owned() })
+            }
+            // Whoever opens it says what is wrong with it.
+            None => Ok(dir.to_owned()),
+        },
         None => {
             let places = Places::from_env();
             places.find(profile).ok_or_else(|| not_found(profile, &places))

@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use vz_linux::{
     AGENT_VERSION, Directory, EnsureError, InstallError, KernelBundle, KernelBundleOptions, KernelProfile, Source,
-    YOUKI_VERSION, ensure_kernel_bundle,
+    YOUKI_VERSION, ensure_kernel_bundle, locate,
 };
 
 const CONTAINER: KernelProfile = KernelProfile::Container;
@@ -47,10 +47,14 @@ fn main() -> ExitCode {
     if let Some(how) = env::var_os(TMPFS) {
         return without_room(how.to_str().unwrap());
     }
-    let tests: [(&str, fn()); 9] = [
+    let tests: [(&str, fn()); 10] = [
         ("a_bundle_is_installed_once_and_found_then", a_bundle_is_installed_once_and_found_then),
         ("many_processes_and_kills_end_with_one_good_bundle", many_processes_and_kills_end_with_one_good_bundle),
         ("a_flipped_byte_is_refused_by_name", a_flipped_byte_is_refused_by_name),
+        (
+            "a_named_directory_without_a_bundle_is_named_with_the_profile",
+            a_named_directory_without_a_bundle_is_named_with_the_profile,
+        ),
         ("mixed_bundles_are_refused_by_name", mixed_bundles_are_refused_by_name),
         ("a_bad_source_leaves_nothing", a_bad_source_leaves_nothing),
         ("a_directory_that_cannot_be_written_is_named", a_directory_that_cannot_be_written_is_named),
@@ -347,6 +351,20 @@ fn a_flipped_byte_is_refused_by_name() {
     }
 }
 
+fn a_named_directory_without_a_bundle_is_named_with_the_profile() {
+    let Dirs { source, base, _all } = dirs();
+    ensure(&Directory(source), &base).unwrap();
+    let there = locate(Some(&base), CONTAINER).unwrap();
+    assert_eq!(there, base.join("container"));
+    for (dir, profile) in [(&base, KernelProfile::Developer), (&base.join("no"), CONTAINER)] {
+        let said = chain(&locate(Some(dir), profile).unwrap_err());
+        let advice = format!("--kernel-profile {profile} --dir {} --from DIR", dir.display());
+        assert!(said.contains(&format!("profile {profile} in {}", dir.display())) && said.contains(&advice), "{said}");
+    }
+    // What a bundle itself is, is said by whoever opens it.
+    assert_eq!(locate(Some(&there), KernelProfile::Developer).unwrap(), there);
+}
+
 fn mixed_bundles_are_refused_by_name() {
     let refused = |change: fn(&mut Value)| {
         let dir = tempfile::tempdir().unwrap();
@@ -356,7 +374,7 @@ fn mixed_bundles_are_refused_by_name() {
     for (said, part) in [
         (refused(|v| v["agent_version"] = "9.9.9".into()), "has agent 9.9.9"),
         (refused(|v| v["youki_version"] = "0.5.0".into()), "has youki 0.5.0"),
-        (refused(|v| v["profile"] = "broad".into()), "has profile broad"),
+        (refused(|v| v["profile"] = "broad".into()), "profile in version.json: \"broad\" is no kernel profile"),
         (refused(|v| v["architecture"] = "m68k".into()), "is for m68k, this machine is"),
         (refused(|v| v["schema"] = 7.into()), "schema 7"),
         (refused(|v| v["artifacts"]["youki"]["sha256"] = digest(b"other").into()), "youki does not match"),

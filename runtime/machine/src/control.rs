@@ -10,7 +10,6 @@ use vz_sys::channel::Channel;
 
 /// Descriptor under which the vmm process inherits its end of the channel.
 pub const CONTROL_FD: i32 = 3;
-pub use vz_jail::OPEN_FILES;
 
 /// From the shim.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -10,6 +10,7 @@ mod devices;
 mod kvm;
 mod qemu;
 pub mod select;
+pub mod spawn;
 pub mod verdict;
 pub mod vmm;
 

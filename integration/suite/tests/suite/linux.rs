@@ -72,6 +72,10 @@ fn what_is_not_there_is_said(lab: &Lab) -> Verdict {
     let dir = lab.dir();
     let base = dir.path().display().to_string();
     vz(lab, &["init", "--dir", &base], &[]).exits(1).fails_with(&["no guest bundle of profile developer", "--from"]);
+    for verb in ["verify", "info"] {
+        let advice = ["no guest bundle of profile container", "--kernel-profile container --dir", "guest.bundle"];
+        vz(lab, &[verb, "--dir", &base], &CONTAINER).exits(1).fails_with(&advice);
+    }
     vz(lab, &["build", "--source", &base], &CONTAINER).exits(1).fails_with(&["mk/bundle.mk", "--source"]);
     vz(lab, &["init", "--kernel-profile", "broad"], &[]).exits(2).fails_with(&["developer", "container"]);
     Ok(())
