@@ -63,7 +63,7 @@ pub enum EnsureError {
     },
     /// There is none of this profile in the directory that was named.
     #[error(
-        "no guest bundle of profile {profile} in {dir}: install one with `vz vm linux init --kernel-profile {profile} --dir {dir} --from DIR`, or name another directory where this one was named: with --dir, VZ_LINUX_DIR, or `guest.bundle` in the configuration",
+        "no guest bundle of profile {profile} in {dir} (no version.json): install one with `vz vm linux init --kernel-profile {profile} --dir {dir} --from DIR`, or name another directory where this one was named: with --dir, VZ_LINUX_DIR, or `guest.bundle` in the configuration",
         dir = dir.display()
     )]
     NotInDir {

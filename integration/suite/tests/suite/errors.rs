@@ -83,14 +83,14 @@ fn a_bundle_without_version_is_refused(lab: &Lab) -> Verdict {
         refused(lab, &[], &["version.json"]);
     }
     fs::remove_file(&version).expect("remove version.json");
-    refused(lab, &[], &["version.json", "No such file"]);
+    refused(lab, &[], &["no guest bundle", "no version.json", "vz vm linux init"]);
     Ok(())
 }
 
 fn a_missing_bundle_is_refused(lab: &Lab) -> Verdict {
     lab.vz_only()?;
     let _guard = lab.use_bundle(Path::new("/nonexistent/bundle"));
-    refused(lab, &[], &["bundle", "No such file"]);
+    refused(lab, &[], &["no guest bundle", "vz vm linux init"]);
     Ok(())
 }
 

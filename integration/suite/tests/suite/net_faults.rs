@@ -306,7 +306,7 @@ fn links_that_cannot_be_connected_are_named(lab: &Lab) -> Verdict {
         ));
     }
     let said = run();
-    assert!(said.contains("no network card is left for link eth5"), "{said}");
+    assert!(said.contains("no network card is left for link eth4"), "{said}");
     Ok(())
 }
 
