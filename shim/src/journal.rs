@@ -205,6 +205,14 @@ impl Journal {
     /// `poststop` runs a container's hooks. The caller itself may be in the journal; it is passed over. No directory is
     /// no error.
     pub fn unwind(dir: &Path, mut poststop: impl FnMut(&str, &Path)) -> Result<(), Error> {
+        // A shim that lives would go on: make things that are not in the journal yet, and run the hooks of what fails.
+        for resource in read(dir)? {
+            if let Resource::Process { role, pid, start_time } = resource
+                && role == SHIM
+            {
+                kill(&role, pid, start_time)?;
+            }
+        }
         for resource in read(dir)?.into_iter().rev() {
             match resource {
                 Resource::Process { role, pid, start_time } => kill(&role, pid, start_time)?,

@@ -5,6 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use rustix::process::Signal;
 use serde_json::{Value, json};
 use vz_suite::{
     Lab, Verdict,
@@ -19,6 +20,7 @@ tests![
     hooks_are_told_the_state_and_run_in_order,
     a_failing_hook_fails_the_creation_in_its_own_words,
     a_hook_that_hangs_is_ended_at_its_timeout,
+    a_client_that_gives_up_during_a_hook_leaves_nothing,
     poststop_hooks_run_after_a_crash,
     a_missing_plugin_is_said,
     a_named_namespace_is_used_and_given_back,
@@ -135,6 +137,26 @@ fn a_hook_that_hangs_is_ended_at_its_timeout(lab: &Lab) -> Verdict {
     if lab.is_vz() {
         assert!(said.contains("/bin/sh") && said.contains("2 s"), "{said}");
     }
+    Ok(())
+}
+
+fn a_client_that_gives_up_during_a_hook_leaves_nothing(lab: &Lab) -> Verdict {
+    lab.vz_only()?;
+    let custom = Custom::new(lab, "impatient");
+    let file = custom.said();
+    let hooks = json!({
+        "createRuntime": [hook(&format!("echo hook >>{file}; sleep 5"))],
+        "poststop": [hook(&format!("echo poststop >>{file}"))],
+    });
+    let client = custom.run(&[], &hooks, "sleep 1000").start();
+    until("the hook to be run", Duration::from_secs(60), || fs::read_to_string(&file).ok());
+    client.signal(Signal::KILL);
+    client.wait();
+    lab.remove_clients_fifos();
+    until("the sandbox's end", Duration::from_secs(30), || {
+        let hooks_ran = fs::read_to_string(&file).ok().as_deref() == Some("hook\npoststop\n");
+        (hooks_ran && host::find(&custom.id, Role::Shim).is_none()).then_some(())
+    });
     Ok(())
 }
 
