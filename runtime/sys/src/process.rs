@@ -93,6 +93,8 @@ impl Handle {
         if fd < 0 {
             return match io::Error::last_os_error() {
                 e if e.raw_os_error() == Some(libc::ESRCH) => Ok(None),
+                // What a number that only a process group, a session or a thread still has means to kernels before 6.15.
+                e if e.raw_os_error() == Some(libc::EINVAL) && pid > 0 => Ok(None),
                 e => Err(e),
             };
         }
@@ -411,6 +413,21 @@ mod tests {
             namespaces: CloneFlags::empty(),
             outlives_parent: false,
         }
+    }
+
+    #[test]
+    fn a_pid_that_only_its_group_still_has_is_no_process() {
+        use std::os::unix::process::CommandExt;
+        let mut command = std::process::Command::new("sh");
+        // The second one stays in the group after the first one's end.
+        command.args(["-c", "sleep 1000 >&- 2>&- & echo $!"]).process_group(0).stdout(std::process::Stdio::piped());
+        let leader = command.spawn().unwrap();
+        let pid = i32::try_from(leader.id()).unwrap();
+        let output = leader.wait_with_output().unwrap();
+        let left: i32 = String::from_utf8(output.stdout).unwrap().trim().parse().unwrap();
+        let held = Handle::open(left).unwrap().unwrap();
+        assert!(Handle::open(pid).unwrap().is_none());
+        held.kill(Signal::SIGKILL).unwrap();
     }
 
     #[test]

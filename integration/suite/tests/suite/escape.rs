@@ -485,9 +485,25 @@ pub fn rss_kib(pid: i32) -> u64 {
     status(format!("/proc/{pid}"))["VmRSS"].trim_end_matches(" kB").parse().unwrap()
 }
 
+/// A mapping of as much is the guest's memory.
+const GUEST_MEMORY_KIB: u64 = 100 << 10;
+
 /// Memory of a process that is its own: of the guest's, which the vmm maps, as much is resident as the guest has touched.
 pub fn private_kib(pid: i32) -> u64 {
-    status(format!("/proc/{pid}"))["RssAnon"].trim_end_matches(" kB").parse().unwrap()
+    let maps = fs::read_to_string(format!("/proc/{pid}/smaps")).expect("read the mappings");
+    let (mut size, mut sum) = (0, 0);
+    for line in maps.lines() {
+        let number = |text: &str| text.trim().trim_end_matches(" kB").parse::<u64>().expect("a number");
+        if let Some(text) = line.strip_prefix("Size:") {
+            size = number(text);
+        } else if let Some(text) = line.strip_prefix("Anonymous:")
+            && size < GUEST_MEMORY_KIB
+        {
+            sum += number(text);
+        }
+    }
+    assert!(sum > 0, "{maps}");
+    sum
 }
 
 fn floods_do_not_grow_anything(lab: &Lab) -> Verdict {

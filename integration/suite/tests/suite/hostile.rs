@@ -11,7 +11,7 @@ use vz_suite::{
     events::{Event, Recorder},
     host::{Role, await_process},
     lab::{BUSYBOX, Restore},
-    poll::until,
+    poll::{patience, until},
     tests,
 };
 
@@ -38,7 +38,7 @@ fn scene<'l>(lab: &'l Lab, name: &str, victim: &str) -> Result<[Restore<'l>; 2],
     let version = version["agent_version"].as_str().expect("it has the agent's version");
     let args = format!("vz.hostile={name} vz.version={version} vz.victim={victim}");
     // Answers that never come need not be waited for as long as usual; those of a guest that is busy with its lies do.
-    let deadline = if matches!(name, "floods" | "forged-events") { 60 } else { 5 };
+    let deadline = if matches!(name, "floods" | "forged-events") { 60 * patience() } else { 5 };
     let config = lab.configure(&format!("[guest]\nkernel_args = \"{args}\"\n[timeouts]\nagent_s = {deadline}\n"));
     Ok([config, lab.use_bundle(&bundle)])
 }
