@@ -1,14 +1,19 @@
-//! The frequency of the processor's time-stamp counter, which an emulated processor takes over.
+//! The processor's time-stamp counter, and its frequency, which an emulated processor takes over.
 
-use std::{
-    arch::x86_64::{__cpuid, _rdtsc},
-    io,
-    time::Duration,
-};
+#[cfg(target_arch = "x86_64")]
+use std::arch::x86_64::{__cpuid, _rdtsc};
+use std::{io, time::Duration};
 
 use nix::time::{ClockId, clock_gettime};
 
 /// kHz as the processor or the hypervisor below us states it; `None` where neither does.
+#[cfg(not(target_arch = "x86_64"))]
+pub fn stated_khz() -> Option<u32> {
+    None
+}
+
+/// kHz as the processor or the hypervisor below us states it; `None` where neither does.
+#[cfg(target_arch = "x86_64")]
 pub fn stated_khz() -> Option<u32> {
     let leaf = |number| {
         // Unsafe where a processor has no CPUID, which no x86-64 is.
@@ -68,7 +73,14 @@ impl Sample {
     }
 }
 
+/// The counter of the processor that this runs on, which has none: 0.
+#[cfg(not(target_arch = "x86_64"))]
+pub fn count() -> u64 {
+    0
+}
+
 /// The counter of the processor that this runs on. It starts at 0 with the machine, real or not.
+#[cfg(target_arch = "x86_64")]
 pub fn count() -> u64 {
     // SAFETY: every x86-64 has the instruction, and a kernel that forbids it would forbid its own vDSO.
     #[allow(unsafe_code)]
