@@ -63,6 +63,8 @@ impl<'l> Custom<'l> {
         spec["process"]["args"] = json!(["sh", "-c", script]);
         spec["process"]["terminal"] = json!(false);
         spec["hooks"] = hooks.clone();
+        // Without an id, the client names the directory that all of its containers' cgroups are in.
+        spec["linux"]["cgroupsPath"] = json!(format!("/default/{}", self.id));
         let config = self.dir.path().join("config.json");
         fs::write(&config, spec.to_string()).expect("write a spec");
         self.lab.ctr_run(flags).args(["--config", &config.display().to_string(), &self.id])
