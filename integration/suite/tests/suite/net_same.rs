@@ -39,7 +39,10 @@ const COMMANDS: &[(&str, &str)] = &[
     ("own name", "getent hosts same | awk '{print $1}'"),
     ("localhost", "getent ahostsv4 localhost | head -1"),
     ("nobody listens", "connect $GW 9"),
-    ("self by its address", "listen 7001 & sleep 0.3; connect 127.0.0.1 7001; wait"),
+    (
+        "self by its address",
+        "listen 7001 & timeout 5 sh -c 'until grep -q :1B59 /proc/net/tcp; do sleep 0.1; done'; connect 127.0.0.1 7001; wait",
+    ),
     ("no way", "connect 255.255.255.255 9"),
     ("unprivileged ports", "cat /proc/sys/net/ipv4/ip_unprivileged_port_start /proc/sys/net/ipv4/ping_group_range"),
     ("forwarding", "cat /proc/sys/net/ipv4/ip_forward /proc/sys/net/ipv6/conf/all/forwarding"),
@@ -70,7 +73,7 @@ const COMMANDS: &[(&str, &str)] = &[
     ),
     (
         "bridge",
-        "ip link add br9 type bridge && ip link set v0 master br9 && ip addr add 10.250.0.1/24 dev br9 && ip link set br9 up && ip -br -4 addr show br9",
+        "ip link add br9 type bridge && ip link set v0 master br9 && ip addr add 10.250.0.1/24 dev br9 && ip link set br9 up && ip -br -4 addr show br9 | awk '{print $1, $3}'",
     ),
     ("macvlan", "ip link add m0 link eth0 type macvlan mode bridge && ip -br link show m0 | awk '{print $1, $2}'"),
     ("namespace", "unshare -n ip -br link 2>&1 | awk '{print $1, $2}'"),
@@ -102,6 +105,7 @@ const DIFFERENT: &[(&str, &str)] = &[
     ("driver", "a virtio card, not a veth"),
     ("forwarding", "the host's setting is inherited by its namespaces, not by a guest"),
     ("congestion control", "each kernel has its default"),
+    ("sctp", "the guest's kernel has no SCTP, and a host need not"),
     ("queueing", "each kernel has its disciplines; the guest has prio, and a host need not"),
 ];
 
