@@ -12,7 +12,7 @@ use crate::{
     anchor::Anchor,
     container::{Container, Exit, Process, State},
     copyup,
-    disks::Disk,
+    disks::{self, Disk},
     error::{Error, chain},
     hooks::{self, Context},
     io::{self, Guest, Stdio},
@@ -75,7 +75,8 @@ async fn host_side(sandbox: &Arc<Sandbox>, request: &CreateTaskRequest) -> Resul
     let annotations = spec::annotations(&spec);
     sandbox.network.check(&spec)?;
     let root = spec.root().as_ref().map(|root| bundle.join(root.path())).unwrap_or_default();
-    let disks = sandbox.disks_of(&request.id, &spec)?;
+    let disks = sandbox.disks_of(&request.id);
+    disks::refuse_others(&spec, disks)?;
     let mut plan = spec::plan(spec, &request.id, disks)?;
     for field in &plan.dropped {
         tracing::info!(container = request.id, field, "has no meaning in a vm, is left out");
@@ -145,8 +146,7 @@ async fn guest_side(sandbox: &Arc<Sandbox>, container: &Container, spec: Vec<u8>
     sandbox.agent.client().await?;
     let (stdio, guest) = connect_streams(sandbox, &container.init.stdio).await?;
     let stdio = Some(stdio).into();
-    let disks =
-        if *id == sandbox.identity.id { sandbox.disks.iter().map(Disk::to_agent).collect() } else { Vec::new() };
+    let disks = sandbox.disks_of(id).iter().map(Disk::to_agent).collect();
     let request =
         CreateContainerRequest { container_id: id.clone(), spec, stdio, network, disks, ..Default::default() };
     container.init.set_copies(host.connect(guest, container.init.stdio.terminal));

@@ -50,7 +50,7 @@ pub enum Error {
         /// The host's path.
         path: PathBuf,
     },
-    /// The container is not the VM's first.
+    /// The VM runs already, and has it not.
     #[error("disk {path}: a VM gets its disks with its first container; run this container in a sandbox of its own")]
     Late {
         /// The host's path.
@@ -114,6 +114,12 @@ pub fn find(spec: &Spec) -> Result<Vec<Disk>, Error> {
         add(&mut disks, path, identity, !writable, false);
     }
     Ok(disks)
+}
+
+/// A VM that runs gets no others than it has.
+pub fn refuse_others(spec: &Spec, had: &[Disk]) -> Result<(), Error> {
+    let other = find(spec)?.into_iter().find(|disk| !had.iter().any(|had| had.identity == disk.identity));
+    other.map_or(Ok(()), |disk| Err(Error::Late { path: disk.path }))
 }
 
 /// One disk for whatever is named twice: the guest's kernel could not know that two are the same.

@@ -55,7 +55,7 @@ const EVENTS: usize = 16;
 /// The guest's interrupt line of a device.
 ///
 /// That buffers were used, once true, stays true until the device is reset: a driver looks at its rings at each interrupt
-/// whatever else it is for, and its acknowledgement need not come here. KVM takes that one without an exit, see
+/// whatever else it is for, and its acknowledgement need not come here. KVM takes that one without waking us, see
 /// [`Interrupt::USED`].
 #[derive(Debug)]
 pub(crate) struct Interrupt {

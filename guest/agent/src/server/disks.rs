@@ -26,35 +26,43 @@ struct Found {
 
 /// Puts this guest's names and numbers into a spec.
 pub fn settle(spec: &mut Spec, disks: &[Disk]) -> Result<()> {
-    for disk in disks {
-        let found = find(Path::new(SYSFS), &disk.id).map_err(CallError::io(format!("find disk {}", disk.id)))?;
-        put(spec, disk, &found);
-    }
+    let found: Vec<_> = disks
+        .iter()
+        .map(|disk| {
+            let found = find(Path::new(SYSFS), &disk.id).map_err(CallError::io(format!("find disk {}", disk.id)))?;
+            Ok((disk, found))
+        })
+        .collect::<Result<_>>()?;
+    put(spec, &found);
     Ok(())
 }
 
-fn put(spec: &mut Spec, disk: &Disk, found: &Found) {
-    let named = PathBuf::from(format!("{DISK_PATH}{}", disk.id));
+/// Each place is looked at once: one disk's number on the host may be another one's here.
+fn put(spec: &mut Spec, disks: &[(&Disk, Found)]) {
     for mount in spec.mounts_mut().iter_mut().flatten() {
-        if mount.source().as_ref() == Some(&named) {
+        let source = mount.source().as_deref().and_then(Path::to_str);
+        let id = source.and_then(|source| source.strip_prefix(DISK_PATH));
+        if let Some((_, found)) = disks.iter().find(|(disk, _)| Some(disk.id.as_str()) == id) {
             mount.set_source(Some(found.node.clone()));
             read_only(mount);
         }
     }
-    let (Ok(major), Ok(minor)) = (i64::try_from(disk.major), i64::try_from(disk.minor)) else { return };
-    if (major, minor) == (0, 0) {
-        return;
-    }
+    // An image file has no number on the host.
+    let numbered = |major: Option<i64>, minor: Option<i64>| {
+        let number = (u64::try_from(major?).ok()?, u64::try_from(minor?).ok()?);
+        let disk = disks.iter().find(|(disk, _)| (disk.major, disk.minor) == number && number != (0, 0))?;
+        Some((disk.1.major, disk.1.minor))
+    };
     let Some(linux) = spec.linux_mut() else { return };
-    for device in linux.devices_mut().iter_mut().flatten() {
-        if device.typ() == LinuxDeviceType::B && (device.major(), device.minor()) == (major, minor) {
-            device.set_major(found.major).set_minor(found.minor);
+    for device in linux.devices_mut().iter_mut().flatten().filter(|device| device.typ() == LinuxDeviceType::B) {
+        if let Some((major, minor)) = numbered(Some(device.major()), Some(device.minor())) {
+            device.set_major(major).set_minor(minor);
         }
     }
     let rules = linux.resources_mut().as_mut().and_then(|resources| resources.devices_mut().as_mut());
-    for rule in rules.into_iter().flatten() {
-        if rule.typ() == Some(LinuxDeviceType::B) && (rule.major(), rule.minor()) == (Some(major), Some(minor)) {
-            rule.set_major(Some(found.major)).set_minor(Some(found.minor));
+    for rule in rules.into_iter().flatten().filter(|rule| rule.typ() == Some(LinuxDeviceType::B)) {
+        if let Some((major, minor)) = numbered(rule.major(), rule.minor()) {
+            rule.set_major(Some(major)).set_minor(Some(minor));
         }
     }
 }
@@ -126,7 +134,8 @@ mod tests {
         }))
         .unwrap();
         let found = Found { node: "/dev/vda".into(), major: 254, minor: 0 };
-        put(&mut spec, &Disk { id: "vz-0".into(), major: 7, minor: 3, ..Default::default() }, &found);
+        let disk = Disk { id: "vz-0".into(), major: 7, minor: 3, ..Default::default() };
+        put(&mut spec, &[(&disk, found)]);
         let spec = serde_json::to_value(spec).unwrap();
         assert_eq!(spec["mounts"][0]["source"], "/dev/vda");
         assert_eq!(spec["mounts"][0]["options"], json!(["ro", "ro=1"]));
@@ -137,5 +146,18 @@ mod tests {
         let rules = &spec["linux"]["resources"]["devices"];
         assert_eq!((&rules[1]["major"], &rules[1]["access"]), (&json!(254), &json!("rm")));
         assert_eq!(rules[0].get("major"), None);
+    }
+
+    #[test]
+    fn numbers_that_change_places_are_changed_once() {
+        let device = |minor: i64| json!({ "path": format!("/dev/{minor}"), "type": "b", "major": 254, "minor": minor });
+        let mut spec: Spec =
+            serde_json::from_value(json!({ "ociVersion": "1.2.0", "linux": { "devices": [device(16), device(0)] } }))
+                .unwrap();
+        let disk = |minor| Disk { major: 254, minor, ..Default::default() };
+        let found = |minor| Found { node: "/dev/vdx".into(), major: 254, minor };
+        put(&mut spec, &[(&disk(16), found(0)), (&disk(0), found(16))]);
+        let devices = serde_json::to_value(spec).unwrap()["linux"]["devices"].clone();
+        assert_eq!((&devices[0]["minor"], &devices[1]["minor"]), (&json!(0), &json!(16)));
     }
 }
