@@ -22,7 +22,8 @@ pub struct Moment {
 impl Moment {
     /// Now, in the calling process.
     pub fn now() -> Self {
-        Self { uptime_ns: uptime_ns(), tsc: vz_sys::tsc::count(), cpu_ns: now(ClockId::CLOCK_PROCESS_CPUTIME_ID) }
+        let (uptime_ns, tsc) = uptime();
+        Self { uptime_ns, tsc, cpu_ns: now(ClockId::CLOCK_PROCESS_CPUTIME_ID) }
     }
 }
 
@@ -32,9 +33,11 @@ pub fn agent_cpu_ns(first: &Moment) -> u64 {
     init.saturating_sub(first.cpu_ns).saturating_add(now(ClockId::CLOCK_PROCESS_CPUTIME_ID))
 }
 
-/// Nanoseconds since the kernel's start.
-pub fn uptime_ns() -> u64 {
-    now(ClockId::CLOCK_BOOTTIME)
+/// Nanoseconds since the kernel's start, and the time-stamp counter at the same moment. Whoever learns the counter's rate
+/// from two of these stretches it over the whole boot, and with it each time that the processor was away between the
+/// readings: they are the closest of several.
+pub fn uptime() -> (u64, u64) {
+    vz_sys::tsc::Sample::take().map_or((0, 0), |sample| (sample.nanos, sample.count))
 }
 
 /// Nanoseconds since the Unix epoch, by the guest's wall clock.
@@ -47,7 +50,28 @@ pub fn set_realtime(ns: u64) -> nix::Result<()> {
     clock_settime(ClockId::CLOCK_REALTIME, Duration::from_nanos(ns).into())
 }
 
-// Both clocks exist in every kernel that this runs on; a clock that cannot be read is worth a zero, not an end.
+// The clocks exist in every kernel that this runs on; a clock that cannot be read is worth a zero, not an end.
 fn now(clock: ClockId) -> u64 {
     clock_gettime(clock).map_or(0, |t| u64::try_from(Duration::from(t).as_nanos()).unwrap_or(u64::MAX))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_counters_rate_is_the_same_over_every_stretch() {
+        let moments: Vec<_> = std::iter::repeat_with(|| {
+            std::thread::sleep(Duration::from_millis(5));
+            uptime()
+        })
+        .take(40)
+        .collect();
+        let rate = |from: &(u64, u64), to: &(u64, u64)| (to.1 - from.1) as f64 / (to.0 - from.0) as f64;
+        let whole = rate(&moments[0], &moments[39]);
+        for pair in moments.windows(2) {
+            let part = rate(&pair[0], &pair[1]);
+            assert!((part / whole - 1.0).abs() < 0.01, "{part} counts in a nanosecond instead of {whole}");
+        }
+    }
 }

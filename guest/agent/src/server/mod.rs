@@ -95,14 +95,15 @@ async fn serve(init: Channel, log: &Log) -> Result<(), Error> {
     tokio::spawn(Arc::clone(&agent).watch_oom());
 
     let mut host = vsock::connect(vz_proto::CONTROL_PORT).map_err(|e| Error::Dial(vz_proto::CONTROL_PORT, e))?;
+    let (uptime_ns, tsc) = clock::uptime();
     let hello = Hello {
         agent_version: env!("CARGO_PKG_VERSION").into(),
         incarnation: ready.incarnation,
         init_ns: ready.first.uptime_ns,
         init_tsc: ready.first.tsc,
         agent_cpu_ns: clock::agent_cpu_ns(&ready.first),
-        uptime_ns: clock::uptime_ns(),
-        tsc: vz_sys::tsc::count(),
+        uptime_ns,
+        tsc,
         ..Default::default()
     };
     frame::write(&mut host, &hello).await.map_err(Error::Greet)?;
