@@ -9,8 +9,7 @@ use std::{
     io::ErrorKind,
     os::fd::{AsRawFd, RawFd},
     sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicBool, AtomicU32, Ordering},
+        Arc, Mutex, MutexGuard, PoisonError,
         mpsc::{Receiver, SyncSender, sync_channel},
     },
 };
@@ -23,7 +22,7 @@ use vmm_sys_util::{
 use vz_jail::Role;
 use vz_virtio::{Backend, Kicks, Kind, Memory, Queue};
 
-use crate::{Error, OnFailure, chain};
+use crate::{Error, OnFailure, chain, mmio, window::Window};
 
 /// What one thread serves.
 pub struct Worker {
@@ -59,7 +58,8 @@ const EVENTS: usize = 16;
 /// [`Interrupt::USED`].
 #[derive(Debug)]
 pub(crate) struct Interrupt {
-    status: AtomicU32,
+    status: Mutex<u32>,
+    window: Window,
     line: EventFd,
 }
 
@@ -69,30 +69,34 @@ impl Interrupt {
     /// The configuration space changed, or the device needs a reset.
     pub(crate) const CONFIG: u32 = 2;
 
-    fn new() -> Result<Self, Error> {
+    fn new(window: Window) -> Result<Self, Error> {
         let line = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).map_err(Error::system("make eventfd"))?;
-        Ok(Self { status: AtomicU32::new(0), line })
+        Ok(Self { status: Mutex::new(0), window, line })
+    }
+
+    fn change(&self, change: impl FnOnce(u32) -> u32) {
+        let mut status = lock(&self.status);
+        let changed = change(*status);
+        if changed != *status {
+            *status = changed;
+            self.window.set(mmio::INTERRUPT_STATUS, changed);
+        }
     }
 
     fn raise(&self, why: u32) {
-        self.status.fetch_or(why, Ordering::SeqCst);
+        self.change(|status| status | why);
         // Fails only where the counter is full, and then the line is raised already.
         let _ = self.line.write(1);
     }
 
-    /// Why it may have been raised.
-    pub(crate) fn pending(&self) -> u32 {
-        self.status.load(Ordering::SeqCst)
-    }
-
     /// The driver has seen these reasons.
     pub(crate) fn acknowledge(&self, seen: u32) {
-        self.status.fetch_and(!(seen & Self::CONFIG), Ordering::SeqCst);
+        self.change(|status| status & !(seen & Self::CONFIG));
     }
 
     /// The device is as new.
     fn reset(&self) {
-        self.status.store(0, Ordering::SeqCst);
+        self.change(|_| 0);
     }
 
     /// What KVM turns into the guest's interrupt.
@@ -101,27 +105,66 @@ impl Interrupt {
     }
 }
 
+/// The device's status register: how far the driver is, and whether the device has given up.
+#[derive(Debug)]
+struct Status {
+    shown: Mutex<Shown>,
+    window: Window,
+}
+
+#[derive(Debug, Clone, Copy, Default)]
+struct Shown {
+    driver: u32,
+    /// A ring was unusable: the device needs a reset.
+    broken: bool,
+}
+
+impl Status {
+    fn change(&self, change: impl FnOnce(&mut Shown)) {
+        let mut shown = lock(&self.shown);
+        change(&mut shown);
+        let needs_reset = if shown.broken { mmio::status::NEEDS_RESET } else { 0 };
+        self.window.set(mmio::STATUS, shown.driver | needs_reset);
+    }
+
+    fn is_broken(&self) -> bool {
+        lock(&self.shown).broken
+    }
+}
+
 /// A device's configuration space, as the driver sees it.
 #[derive(Debug)]
 struct Space {
-    bytes: Mutex<Vec<u8>>,
-    /// Changes with each change of the bytes, by which the driver knows that it read across one.
-    generation: AtomicU32,
+    shown: Mutex<(Vec<u8>, u32)>,
+    window: Window,
 }
 
 impl Space {
-    /// Takes over the backend's.
+    fn new(bytes: &[u8], window: Window) -> Self {
+        window.set_config(bytes);
+        Self { shown: Mutex::new((bytes.to_vec(), 0)), window }
+    }
+
+    /// Takes over the backend's. The generation changes with it, by which the driver knows that it read across a change.
     fn refresh(&self, now: &[u8]) {
-        let mut bytes = self.bytes.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut shown = lock(&self.shown);
+        let (bytes, generation) = &mut *shown;
         if bytes.as_slice() != now {
-            now.clone_into(&mut bytes);
-            self.generation.fetch_add(1, Ordering::SeqCst);
+            now.clone_into(bytes);
+            *generation = generation.wrapping_add(1);
+            self.window.set_config(now);
+            self.window.set(mmio::CONFIG_GENERATION, *generation);
         }
     }
 
     fn len(&self) -> usize {
-        self.bytes.lock().unwrap_or_else(PoisonError::into_inner).len()
+        lock(&self.shown).0.len()
     }
+}
+
+/// A panic while it is held ends the machine.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// What a worker is told.
@@ -165,23 +208,23 @@ pub(crate) struct Device {
     space: Arc<Space>,
     /// Its interrupt.
     pub(crate) interrupt: Arc<Interrupt>,
-    /// Whether a ring was unusable: the device needs a reset.
-    broken: Arc<AtomicBool>,
+    status: Arc<Status>,
+    /// What the guest reads of it.
+    pub(crate) window: Window,
     /// Signalled by KVM for each of its queues.
     pub(crate) notifications: Vec<EventFd>,
     lines: Vec<Line>,
 }
 
 impl Device {
-    /// Makes the device and what its threads will run.
-    pub(crate) fn new(workers: Vec<Worker>, memory: &Memory) -> Result<(Self, Vec<Serving>), Error> {
+    /// Makes the device and what its threads will run; the guest reads its registers in `window`.
+    pub(crate) fn new(workers: Vec<Worker>, memory: &Memory, window: Window) -> Result<(Self, Vec<Serving>), Error> {
         let first = workers.first().ok_or(Error::NoWorkers)?;
         let kind = first.backend.kind();
         let features = first.backend.features();
-        let space = Space { bytes: Mutex::new(first.backend.config().to_vec()), generation: AtomicU32::new(0) };
-        let space = Arc::new(space);
-        let interrupt = Arc::new(Interrupt::new()?);
-        let broken = Arc::new(AtomicBool::new(false));
+        let space = Arc::new(Space::new(first.backend.config(), window.clone()));
+        let interrupt = Arc::new(Interrupt::new(window.clone())?);
+        let status = Arc::new(Status { shown: Mutex::default(), window: window.clone() });
         let mut sizes: Vec<(usize, u16)> = Vec::new();
         let mut lines = Vec::new();
         let mut servings = Vec::new();
@@ -206,7 +249,7 @@ impl Device {
                 wake,
                 interrupt: Arc::clone(&interrupt),
                 space: Arc::clone(&space),
-                broken: Arc::clone(&broken),
+                status: Arc::clone(&status),
                 queues: Vec::new(),
             });
         }
@@ -228,7 +271,7 @@ impl Device {
             }
         }
         let queue_sizes = sizes.into_iter().map(|(_, size)| size).collect();
-        Ok((Self { kind, features, queue_sizes, space, interrupt, broken, notifications, lines }, servings))
+        Ok((Self { kind, features, queue_sizes, space, interrupt, status, window, notifications, lines }, servings))
     }
 
     /// Hands the queues, by index, to the workers.
@@ -249,28 +292,13 @@ impl Device {
         drop(done);
         // Ends when each has answered, or is gone.
         while answers.recv().is_ok() {}
-        self.broken.store(false, Ordering::SeqCst);
+        self.status.change(|shown| shown.broken = false);
         self.interrupt.reset();
     }
 
-    /// Whether the device stopped and waits for a reset.
-    pub(crate) fn is_broken(&self) -> bool {
-        self.broken.load(Ordering::SeqCst)
-    }
-
-    /// Changes whenever the configuration space does.
-    pub(crate) fn config_generation(&self) -> u32 {
-        self.space.generation.load(Ordering::SeqCst)
-    }
-
-    /// Reads the configuration space; zeros beyond its end.
-    pub(crate) fn read_config(&self, offset: u64, bytes: &mut [u8]) {
-        bytes.fill(0);
-        let space = self.space.bytes.lock().unwrap_or_else(PoisonError::into_inner);
-        let from = usize::try_from(offset).ok().and_then(|offset| space.get(offset..)).unwrap_or_default();
-        for (byte, value) in bytes.iter_mut().zip(from) {
-            *byte = *value;
-        }
+    /// Shows how far the driver is, beside whether the device waits for a reset.
+    pub(crate) fn set_status(&self, driver: u32) {
+        self.status.change(|shown| shown.driver = driver);
     }
 
     /// Writes to the configuration space; what is beyond its end is dropped.
@@ -296,7 +324,7 @@ pub(crate) struct Serving {
     wake: Arc<EventFd>,
     interrupt: Arc<Interrupt>,
     space: Arc<Space>,
-    broken: Arc<AtomicBool>,
+    status: Arc<Status>,
     /// By its own index; none before the driver is ready.
     queues: Vec<Option<Queue>>,
 }
@@ -402,7 +430,7 @@ impl Serving {
     }
 
     fn call(&mut self, what: Call) {
-        if self.queues.is_empty() || self.broken.load(Ordering::SeqCst) {
+        if self.queues.is_empty() || self.status.is_broken() {
             if let Call::Source(token) = what {
                 // So that it does not go on calling.
                 let _ = self.backend.source(token, &mut [], &self.memory);
@@ -418,7 +446,7 @@ impl Serving {
             Ok(kicks) => kicks,
             Err(e) => {
                 tracing::warn!(thread = self.name, "device stopped until the guest resets it: {}", chain(&e));
-                self.broken.store(true, Ordering::SeqCst);
+                self.status.change(|shown| shown.broken = true);
                 self.interrupt.raise(Interrupt::CONFIG);
                 Kicks::NONE
             }

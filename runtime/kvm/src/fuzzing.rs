@@ -9,6 +9,7 @@ use crate::{
     Error, Worker,
     device::Device,
     mmio::{self, Registers},
+    window::Windows,
 };
 
 /// Offset of the notification register, of which writes do not come here.
@@ -22,7 +23,7 @@ impl Transport {
     /// Registers for a backend with its queues.
     pub fn new(backend: Box<dyn Backend>, queues: u64, memory: &Memory) -> Result<Self, Error> {
         let worker = Worker { backend, queues, thread: "fuzz".into(), role: Role::Device };
-        let (device, _serving) = Device::new(vec![worker], memory)?;
+        let (device, _serving) = Device::new(vec![worker], memory, Windows::reserve(1)?.of(0))?;
         Ok(Self(Registers::new(Arc::new(device), memory.clone())))
     }
 

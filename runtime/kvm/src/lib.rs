@@ -45,6 +45,7 @@ mod memory;
 mod mmio;
 mod ports;
 mod vcpu;
+mod window;
 mod x86;
 
 pub use device::Worker;

@@ -23,13 +23,15 @@ use crate::{
     mmio::{self, Registers},
     ports::{Output, Ports, SERIAL_GSI},
     vcpu::Vcpu,
+    window::Windows,
     x86,
 };
 
 /// Most vCPUs: their numbers are APIC ids of 8 bits, of which the last means all.
 pub const MAX_VCPUS: u32 = 254;
 /// Most devices: each has an interrupt line of its own.
-pub const MAX_DEVICES: usize = (layout::LAST_GSI - layout::FIRST_GSI + 1) as usize;
+pub const MAX_DEVICES: usize = SLOTS as usize;
+const SLOTS: u32 = layout::LAST_GSI - layout::FIRST_GSI + 1;
 /// What the kernel needs to know about this machine. The rest it finds in ACPI; no 8250 is probed, since the console is a
 /// virtio one, and what comes before that or in a panic goes out through the first serial port.
 pub const KERNEL_ARGUMENTS: &str = "quiet console=hvc0 earlyprintk=ttyS0 8250.nr_uarts=0 panic=-1 reboot=a,k pci=off swiotlb=noforce cryptomgr.notests";
@@ -55,6 +57,7 @@ pub struct Machine {
     kvm: Kvm,
     vm: VmFd,
     memory: Memory,
+    windows: Windows,
     vcpus: u8,
     entry: GuestAddress,
     ending: Ending,
@@ -67,6 +70,7 @@ pub struct Running {
     _vm: VmFd,
     /// What KVM's memory slots are made of.
     _memory: Memory,
+    _windows: Windows,
 }
 
 /// How a running machine tells its end.
@@ -115,7 +119,8 @@ impl Machine {
         let kvm = Kvm::new().map_err(Error::kvm("open /dev/kvm"))?;
         let vm = create_vm(&kvm)?;
         let memory = memory::reserve(config.memory)?;
-        memory::register(&vm, &memory)?;
+        let windows = Windows::reserve(SLOTS)?;
+        memory::register(&vm, &memory, &windows)?;
         vm.set_identity_map_address(layout::IDENTITY_MAP).map_err(Error::kvm("set identity map"))?;
         vm.set_tss_address(layout::TSS).map_err(Error::kvm("set TSS"))?;
         vm.create_irq_chip().map_err(Error::kvm("create interrupt controllers"))?;
@@ -123,7 +128,7 @@ impl Machine {
         vm.create_pit2(pit).map_err(Error::kvm("create timer"))?;
         let entry = boot::load(&memory, config.kernel, config.initramfs, config.cmdline)?;
         x86::write_tables(&memory)?;
-        Ok(Self { kvm, vm, memory, vcpus, entry, ending: Ending::new()? })
+        Ok(Self { kvm, vm, memory, windows, vcpus, entry, ending: Ending::new()? })
     }
 
     /// How it will tell its end.
@@ -140,7 +145,7 @@ impl Machine {
         generation: [u8; 16],
         on_failure: &OnFailure,
     ) -> Result<Running, Error> {
-        let Self { kvm, vm, memory, vcpus, entry, ending } = self;
+        let Self { kvm, vm, memory, windows, vcpus, entry, ending } = self;
         let mut bus = Vec::new();
         let mut slots = Vec::new();
         let mut servings: Vec<Serving> = Vec::new();
@@ -152,7 +157,7 @@ impl Machine {
                 base: layout::MMIO.saturating_add(layout::MMIO_SIZE.saturating_mul(index.into())),
                 gsi: layout::FIRST_GSI.saturating_add(index),
             };
-            let (device, serving) = Device::new(workers, &memory)?;
+            let (device, serving) = Device::new(workers, &memory, windows.of(index))?;
             connect(&vm, &device, slot)?;
             servings.extend(serving);
             slots.push(slot);
@@ -181,7 +186,7 @@ impl Machine {
             let ending = ending.clone();
             vcpu.start(move |end| ending.end(end), Arc::clone(on_failure))?;
         }
-        Ok(Running { _vm: vm, _memory: memory })
+        Ok(Running { _vm: vm, _memory: memory, _windows: windows })
     }
 }
 

@@ -13,14 +13,18 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::GuestAddress;
 use vz_virtio::Memory;
 
-use crate::device::Device;
+use crate::{device::Device, window::CONFIG};
 
 /// Offset of the queue notification register, which KVM listens to itself.
 pub(crate) const NOTIFY: u64 = 0x50;
+/// Offset of the interrupt status register.
+pub(crate) const INTERRUPT_STATUS: u64 = 0x60;
 /// Offset of the interrupt acknowledgement register, of which KVM takes the most frequent value.
 pub(crate) const ACKNOWLEDGE: u64 = 0x64;
-/// Offset of the configuration space.
-const CONFIG: u64 = 0x100;
+/// Offset of the device status register.
+pub(crate) const STATUS: u64 = 0x70;
+/// Offset of the register that tells whether the configuration space has changed.
+pub(crate) const CONFIG_GENERATION: u64 = 0xfc;
 
 const MAGIC: u32 = u32::from_le_bytes(*b"virt");
 const VERSION: u32 = 2;
@@ -29,11 +33,11 @@ const VENDOR: u32 = u32::from_le_bytes(*b"vz  ");
 const NO_REGION: u32 = u32::MAX;
 
 /// Bits of the status register.
-mod status {
+pub(crate) mod status {
     pub(super) const DRIVER: u32 = 2;
     pub(super) const DRIVER_OK: u32 = 4;
     pub(super) const FEATURES_OK: u32 = 8;
-    pub(super) const NEEDS_RESET: u32 = 64;
+    pub(crate) const NEEDS_RESET: u32 = 64;
     pub(super) const FAILED: u32 = 128;
 }
 
@@ -72,7 +76,17 @@ impl Registers {
         let features =
             device.features | 1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_INDIRECT_DESC | 1 << VIRTIO_RING_F_EVENT_IDX;
         let queues = vec![QueueRegisters::default(); device.queue_sizes.len()];
-        Self { device, memory, features, state: Mutex::new(State { queues, ..State::default() }) }
+        let state = State { queues, ..State::default() };
+        let window = &device.window;
+        for (register, value) in [(0x00, MAGIC), (0x04, VERSION), (0x08, device.kind as u32), (0x0c, VENDOR)] {
+            window.set(register, value);
+        }
+        for register in (0xb0..0xc0).step_by(4) {
+            window.set(register, NO_REGION);
+        }
+        let registers = Self { device, memory, features, state: Mutex::new(state) };
+        registers.show(&registers.state());
+        registers
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -80,34 +94,19 @@ impl Registers {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A read of the guest. Registers are 32 bits wide; of what is read otherwise, it gets zeros.
+    /// A read of the guest, where KVM does not answer it itself.
     pub(crate) fn read(&self, offset: u64, bytes: &mut [u8]) {
-        if let Some(offset) = offset.checked_sub(CONFIG) {
-            return self.device.read_config(offset, bytes);
-        }
-        bytes.fill(0);
-        if let Ok(bytes) = <&mut [u8; 4]>::try_from(bytes) {
-            *bytes = self.register(offset).to_le_bytes();
-        }
+        self.device.window.read(offset, bytes);
     }
 
-    fn register(&self, offset: u64) -> u32 {
-        let state = self.state();
+    /// Shows what a write may have changed.
+    fn show(&self, state: &State) {
         let selected = usize::try_from(state.queue_select).unwrap_or(usize::MAX);
-        match offset {
-            0x00 => MAGIC,
-            0x04 => VERSION,
-            0x08 => self.device.kind as u32,
-            0x0c => VENDOR,
-            0x10 => half(self.features, state.features_select),
-            0x34 => self.device.queue_sizes.get(selected).copied().unwrap_or(0).into(),
-            0x44 => state.queues.get(selected).is_some_and(|queue| queue.ready).into(),
-            0x60 => self.device.interrupt.pending(),
-            0x70 => state.status | if self.device.is_broken() { status::NEEDS_RESET } else { 0 },
-            0xb0..=0xbf => NO_REGION,
-            0xfc => self.device.config_generation(),
-            _ => 0,
-        }
+        let window = &self.device.window;
+        window.set(0x10, half(self.features, state.features_select));
+        window.set(0x34, self.device.queue_sizes.get(selected).copied().unwrap_or(0).into());
+        window.set(0x44, state.queues.get(selected).is_some_and(|queue| queue.ready).into());
+        self.device.set_status(state.status);
     }
 
     /// A write of the guest.
@@ -142,9 +141,10 @@ impl Registers {
             // Notifications are KVM's; one comes here where it has not registered them, and that is not so.
             NOTIFY => {}
             ACKNOWLEDGE => self.device.interrupt.acknowledge(value),
-            0x70 => self.set_status(&mut state, value),
+            STATUS => self.set_status(&mut state, value),
             _ => {}
         }
+        self.show(&state);
     }
 
     fn set_queue_register(&self, state: &mut State, offset: u64, value: u32) {
