@@ -1,5 +1,5 @@
 # Benchmarks are commands of their own, never asserts in tests.
-.PHONY: bench bench-kvm bench-io bench-io-kvm bench-net bench-net-kvm bench-hello bench-boot bench-boot-kvm
+.PHONY: bench bench-kvm bench-io bench-io-kvm bench-net bench-net-kvm bench-hello bench-launch bench-boot bench-boot-kvm
 
 bench: build bundle ## Measure starts, execs and idle memory against runc in the same run (ROUNDS=10)
 	@integration/devbox up
@@ -26,6 +26,9 @@ bench-net-kvm: build bundle ## The same for the KVM machine, in the host VM
 
 bench-hello: bundle ## Measure the way to the agent's connection against QEMU's microvm with KVM, in the host VM (ROUNDS=5)
 	@integration/bench-hello $(or $(ROUNDS),5)
+
+bench-launch: bundle ## Measure what the host does before a guest's first instruction on the KVM machine, on this machine itself (ROUNDS=20)
+	@integration/bench-launch $(or $(ROUNDS),20)
 
 bench-boot: bundle ## Measure the guest bundle's boot by phases, with a drawing in out/boot.svg (BENCH_OPTIONS='--instructions'; see --help)
 	@$(CARGO) build --release --locked -q -p vz-bench

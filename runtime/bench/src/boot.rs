@@ -24,6 +24,8 @@ use crate::{
 
 /// Bytes that are kept of a console, of which a report is a small part.
 const CONSOLE: u64 = 4 << 20;
+/// What the host may take for itself before a machine runs and after it ends.
+const SLACK: Duration = Duration::from_secs(30);
 
 /// Why a boot was none.
 #[derive(Debug, thiserror::Error)]
@@ -232,8 +234,8 @@ pub async fn boot(workshop: &Workshop, subject: &Subject, plan: &Plan) -> Result
             to_hello(&mut vm, subject, plan, wire.as_ref(), begun).await
         }
     };
-    // The vmm's own deadline is for the boot alone, and says more about it.
-    let limit = plan.timeout.saturating_add(Duration::from_secs(1));
+    // The vmm keeps the deadline itself from when it has started the machine, and says more about it. This is for one that does not.
+    let limit = plan.timeout.saturating_add(SLACK);
     tokio::time::timeout(limit, run).await.map_err(|_| Error::Timeout(plan.timeout))?
 }
 
@@ -272,7 +274,9 @@ async fn to_hello(
     }
     let mut output = None;
     if let Some(command) = &plan.command {
-        output = Some(guest.run(vm, command, &[], plan.timeout).await?);
+        let left = plan.timeout.saturating_sub(begun.elapsed());
+        let ran = tokio::time::timeout(left, guest.run(vm, command, &[], plan.timeout)).await;
+        output = Some(ran.map_err(|_| Error::Timeout(plan.timeout))??);
     }
     Ok(Boot { machine: vm.machine(), times, log: guest.log, output, fetch: fetched })
 }

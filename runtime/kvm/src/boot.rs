@@ -4,6 +4,8 @@
 use std::{
     fs::File,
     io::{Seek, SeekFrom},
+    panic::resume_unwind,
+    thread,
 };
 
 use linux_loader::loader::{
@@ -29,8 +31,18 @@ const LARGE_PAGE: u64 = 2 << 20;
 
 /// Loads everything; the address of the kernel's 64-bit entry.
 pub(crate) fn load(memory: &Memory, kernel: &File, initramfs: &File, cmdline: &str) -> Result<GuestAddress, Error> {
-    let (entry, kernel_end) = load_kernel(memory, kernel)?;
-    let initramfs = load_initramfs(memory, initramfs, kernel_end)?;
+    // Most of what a start costs on the host is this copying, so both are copied at once. Nobody runs yet: where the initramfs
+    // is too large, what it overwrites of the kernel is an error afterwards.
+    let (kernel, initramfs) = thread::scope(|scope| {
+        let other =
+            thread::Builder::new().name("initramfs".into()).spawn_scoped(scope, || load_initramfs(memory, initramfs));
+        let kernel = load_kernel(memory, kernel);
+        let other = other.map_err(|source| Error::Thread { name: "initramfs".into(), source });
+        let initramfs = other.and_then(|other| other.join().unwrap_or_else(|panic| resume_unwind(panic)));
+        (kernel, initramfs)
+    });
+    let (entry, kernel_end) = kernel?;
+    let initramfs = behind(initramfs?, kernel_end, memory)?;
     load_cmdline(memory, cmdline)?;
     let zero_page = zero_page(memory, initramfs, cmdline.len())?;
     memory.write_obj(zero_page, GuestAddress(layout::ZERO_PAGE)).map_err(Error::place("boot parameters"))?;
@@ -41,8 +53,7 @@ fn load_kernel(memory: &Memory, kernel: &File) -> Result<(GuestAddress, u64), Er
     let mut kernel = kernel;
     // Where it goes its headers say; a file is about as long as what is loaded of it.
     let size = kernel.metadata().map_err(|source| Error::ReadKernel { source })?.len();
-    let low = memory.find_region(GuestAddress(0)).map_or(0, GuestMemoryRegion::len);
-    let room = low.saturating_sub(layout::KERNEL).min(size);
+    let room = low_memory(memory).saturating_sub(layout::KERNEL).min(size);
     if room > 0 {
         memory::prefer_large_pages(memory, GuestAddress(layout::KERNEL), room)?;
     }
@@ -51,15 +62,14 @@ fn load_kernel(memory: &Memory, kernel: &File) -> Result<(GuestAddress, u64), Er
     Ok((loaded.kernel_load, loaded.kernel_end))
 }
 
-/// As far up in low memory as it goes, where the kernel does not have to step around it.
-fn load_initramfs(memory: &Memory, mut file: &File, kernel_end: u64) -> Result<(u64, u64), Error> {
+/// As far up in low memory as it goes, where the kernel does not have to step around it; address and size.
+fn load_initramfs(memory: &Memory, mut file: &File) -> Result<(u64, u64), Error> {
     let read = |source| Error::Initramfs { source };
     let size = file.seek(SeekFrom::End(0)).map_err(read)?;
     file.rewind().map_err(read)?;
-    let low = memory.find_region(GuestAddress(0)).map_or(0, GuestMemoryRegion::len);
-    let address = low.checked_sub(size).map(|address| address & !(LARGE_PAGE - 1));
-    let Some(address) = address.filter(|address| *address >= kernel_end) else {
-        return Err(Error::TooLittle { memory: low, needed: kernel_end.saturating_add(size) });
+    let low = low_memory(memory);
+    let Some(address) = low.checked_sub(size).map(|address| address & !(LARGE_PAGE - 1)) else {
+        return Err(Error::TooLittle { memory: low, needed: size });
     };
     if size > 0 {
         memory::prefer_large_pages(memory, GuestAddress(address), size)?;
@@ -67,6 +77,19 @@ fn load_initramfs(memory: &Memory, mut file: &File, kernel_end: u64) -> Result<(
     let bytes = usize::try_from(size).map_err(|_| Error::TooLittle { memory: low, needed: size })?;
     memory.read_exact_volatile_from(GuestAddress(address), &mut file, bytes).map_err(Error::place("initramfs"))?;
     Ok((address, size))
+}
+
+/// That the initramfs, given by its address and size, is behind the kernel's end.
+fn behind((address, size): (u64, u64), kernel_end: u64, memory: &Memory) -> Result<(u64, u64), Error> {
+    if address < kernel_end {
+        return Err(Error::TooLittle { memory: low_memory(memory), needed: kernel_end.saturating_add(size) });
+    }
+    Ok((address, size))
+}
+
+/// Bytes of memory below the hole.
+fn low_memory(memory: &Memory) -> u64 {
+    memory.find_region(GuestAddress(0)).map_or(0, GuestMemoryRegion::len)
 }
 
 fn load_cmdline(memory: &Memory, cmdline: &str) -> Result<(), Error> {
@@ -149,12 +172,14 @@ mod tests {
     #[test]
     fn an_initramfs_is_put_at_the_end_of_low_memory() {
         let memory = memory::reserve(16 << 20).unwrap();
-        let (address, size) = load_initramfs(&memory, &file(&[7; 5000]), 1 << 20).unwrap();
-        assert_eq!((address, size), (14 << 20, 5000));
+        let (address, size) = load_initramfs(&memory, &file(&[7; 5000])).unwrap();
+        assert_eq!(behind((address, size), 14 << 20, &memory).unwrap(), (14 << 20, 5000));
         let mut last = [0; 1];
         memory.read_slice(&mut last, GuestAddress(address + size - 1)).unwrap();
         assert_eq!(last, [7]);
-        let error = load_initramfs(&memory, &file(&[7; 5000]), (14 << 20) + 1).unwrap_err();
+        let error = behind((address, size), (14 << 20) + 1, &memory).unwrap_err();
+        assert!(matches!(error, Error::TooLittle { .. }), "{error}");
+        let error = load_initramfs(&memory, &file(&vec![7; (16 << 20) + 1])).unwrap_err();
         assert!(matches!(error, Error::TooLittle { .. }), "{error}");
     }
 

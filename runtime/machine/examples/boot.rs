@@ -151,7 +151,7 @@ fn talk(channel: &Channel, options: &Options, start: Instant) -> Result<(), Box<
     while let Some(message) = channel.recv()? {
         let event: Event = control::decode(&message.bytes)?;
         let mut fd = message.fds.into_iter().next();
-        eprintln!("{:8.3} {event:?} {fd:?}", start.elapsed().as_secs_f64());
+        eprintln!("{:9.6} {event:?} {fd:?}", start.elapsed().as_secs_f64());
         match event {
             Event::Launched { .. } => continue,
             Event::Accepted { .. } => {
