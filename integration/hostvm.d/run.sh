@@ -134,7 +134,8 @@ qemu_command() { # qemu_command WORK: sets `command`
     -object "memory-backend-memfd,id=memory,size=${memory}M,share=on"
     -kernel "$(kernel_dir)/vmlinuz" -initrd "$work/initrd"
     # nohz=off highres=off: with one-shot timers, a nested guest may spin with interrupts off while the host VM's timer interrupt
-    # stays pending and is never taken; one nested boot in five to ten hangs. The periodic tick gets it going again.
+    # stays pending and is never taken; one nested boot in five to ten hangs, with counted instructions too. The periodic tick gets it
+    # going again, and makes the shortest sleep 4 ms.
     # no_timer_check: the check counts ticks in a loop of fixed length, and fails where this machine is busy with other things.
     -append "console=ttyS0 quiet panic=-1 reboot=t mitigations=off nowatchdog no_timer_check nohz=off highres=off"
     -serial "file:$work/console" -device virtio-rng-pci -device virtio-serial-pci)
