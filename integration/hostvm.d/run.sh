@@ -133,9 +133,10 @@ qemu_command() { # qemu_command WORK: sets `command`
     -M q35,memory-backend=memory -accel "tcg,thread=$thread" -cpu max,+svm -smp "$cpus" -m "$memory"
     -object "memory-backend-memfd,id=memory,size=${memory}M,share=on"
     -kernel "$(kernel_dir)/vmlinuz" -initrd "$work/initrd"
-    # nohz=off highres=off: with one-shot timers, a nested guest may spin with interrupts off while the host VM's timer interrupt
-    # stays pending and is never taken; one nested boot in five to ten hangs, with counted instructions too. The periodic tick gets it
-    # going again, and makes the shortest sleep 4 ms.
+    # nohz=off highres=off: QEMU's loop keeps the vector of an interrupt that VMRUN has injected, and delivers it once more, with interrupts
+    # off, where it is left before the nested guest's next exit. The guest then waits for ever for a lock that it holds itself: one boot in
+    # five to ten with one-shot timers. A periodic tick makes that rare, and the shortest sleep 4 ms. Counting instructions leaves the loop
+    # more often: a measurement that says nothing for half an hour has met it.
     # no_timer_check: the check counts ticks in a loop of fixed length, and fails where this machine is busy with other things.
     -append "console=ttyS0 quiet panic=-1 reboot=t mitigations=off nowatchdog no_timer_check nohz=off highres=off"
     -serial "file:$work/console" -device virtio-rng-pci -device virtio-serial-pci)
