@@ -12,7 +12,7 @@ use vz_suite::{
     command::Program,
     host::{self, Role, await_process},
     lab::BUSYBOX,
-    poll::until,
+    poll::{patience, until},
     tests,
 };
 
@@ -371,6 +371,12 @@ fn killed_while_connecting(lab: &Lab, role: Role) -> Verdict {
 }
 
 fn the_shim_is_killed_while_it_connects(lab: &Lab) -> Verdict {
+    if patience() > 1 {
+        // Killed in the middle of its work, a plugin leaves what nobody else knows of.
+        return Err(vz_suite::Skip(
+            "on a host this slow a CNI plugin takes longer than the 3 s it has after its shim".into(),
+        ));
+    }
     killed_while_connecting(lab, Role::Shim)
 }
 
