@@ -128,9 +128,13 @@ start_virtiofsd() { # start_virtiofsd WORK NAME OPTION...
 qemu_command() { # qemu_command WORK: sets `command`
   local work=$1 name thread=single
   ((cpus == 1)) || thread=multi
+  local cpu=max,+svm
+  # A counted clock has a string instruction cost as much for a byte as for eight, and kernels copy and clear by bytes where that is said to be
+  # fast: more than half of a VM's launch was that.
+  [[ -z $instructions ]] || cpu+=,-erms,-fsrm
   # shellcheck disable=SC2054 # commas are QEMU's
   command=(qemu-system-x86_64 -nodefaults -no-user-config -display none -monitor none -no-reboot
-    -M q35,memory-backend=memory -accel "tcg,thread=$thread" -cpu max,+svm -smp "$cpus" -m "$memory"
+    -M q35,memory-backend=memory -accel "tcg,thread=$thread" -cpu "$cpu" -smp "$cpus" -m "$memory"
     -object "memory-backend-memfd,id=memory,size=${memory}M,share=on"
     -kernel "$(kernel_dir)/vmlinuz" -initrd "$work/initrd"
     # nohz=off highres=off: QEMU's loop keeps the vector of an interrupt that VMRUN has injected, and delivers it once more, with interrupts
