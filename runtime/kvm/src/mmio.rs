@@ -3,7 +3,7 @@
 //! Threat: every access is the guest's, in any order and from any vCPU. The state machine below decides what an access may do
 //! at which time; what it may not do is ignored, as a PC's hardware would.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use virtio_bindings::{
     virtio_config::VIRTIO_F_VERSION_1,
@@ -13,7 +13,10 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::GuestAddress;
 use vz_virtio::Memory;
 
-use crate::{device::Device, window::CONFIG};
+use crate::{
+    device::{Device, lock},
+    window::CONFIG,
+};
 
 /// Offset of the queue notification register, which KVM listens to itself.
 pub(crate) const NOTIFY: u64 = 0x50;
@@ -90,8 +93,7 @@ impl Registers {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        // A panic in here ends the machine.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 
     /// A read of the guest, where KVM does not answer it itself.
