@@ -22,6 +22,7 @@ use nix::{
 use tokio::{
     io::unix::AsyncFd,
     net::UnixStream,
+    signal::unix::{SignalKind, signal},
     sync::{mpsc, oneshot},
 };
 use vz_machine::{
@@ -60,7 +61,7 @@ pub enum Error {
     Connection(#[source] io::Error),
 }
 
-/// How long the vmm's process may take to be gone after its channel.
+/// How long the vmm's process may take to be reaped after its channel has closed.
 const DEATH_DEADLINE: Duration = Duration::from_secs(5);
 
 /// What the sandbox is told.
@@ -98,6 +99,7 @@ pub struct Vmm {
     process: AsyncFd<Process>,
     dials: Mutex<HashMap<u64, oneshot::Sender<Result<OwnedFd, String>>>>,
     next: AtomicU64,
+    status: Mutex<Option<WaitStatus>>,
 }
 
 /// Where the vmm process is on the host.
@@ -142,6 +144,7 @@ impl Started {
             process: crate::fd::watch(self.process).map_err(Error::Connection)?,
             dials: Mutex::default(),
             next: AtomicU64::default(),
+            status: Mutex::default(),
         })
     }
 }
@@ -161,10 +164,31 @@ impl Vmm {
     pub async fn end(&self) -> io::Result<()> {
         self.process.get_ref().kill(Signal::SIGKILL)?;
         self.process.readable().await?.retain_ready();
-        // Reaped once only: a second caller finds no child any more.
-        match self.process.get_ref().try_wait() {
-            Err(e) if e.raw_os_error() == Some(libc::ECHILD) => Ok(()),
-            other => other.map(drop),
+        self.reap().map(drop)
+    }
+
+    /// How the process ended, however often and by whomever it is asked: the kernel says it once only.
+    fn reap(&self) -> io::Result<WaitStatus> {
+        let mut status = self.status.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(status) = *status {
+            return Ok(status);
+        }
+        let now = self.process.get_ref().try_wait()?;
+        if now != WaitStatus::StillAlive {
+            *status = Some(now);
+        }
+        Ok(now)
+    }
+
+    /// Waits until the process can be reaped. That is a moment after its channel has closed and, where a debugger
+    /// follows it, after its pidfd is readable too: the debugger is told first. SIGCHLD comes with the last of these.
+    async fn reaped(&self) -> io::Result<WaitStatus> {
+        let mut children = signal(SignalKind::child())?;
+        loop {
+            match self.reap()? {
+                WaitStatus::StillAlive => drop(children.recv().await),
+                status => return Ok(status),
+            }
         }
     }
 
@@ -211,12 +235,11 @@ impl Vmm {
 
     /// How the process ended that has closed its channel without a word.
     async fn died(&self) -> String {
-        // The channel closes a moment before the process is gone.
-        let gone = tokio::time::timeout(DEATH_DEADLINE, self.process.readable()).await;
-        if let Ok(Ok(mut ready)) = gone {
-            ready.retain_ready();
-        }
-        match self.process.get_ref().try_wait() {
+        let status = match tokio::time::timeout(DEATH_DEADLINE, self.reaped()).await {
+            Ok(status) => status,
+            Err(_) => self.reap(),
+        };
+        match status {
             Ok(WaitStatus::Signaled(_, Signal::SIGSYS, _)) => {
                 "the vmm process was killed for a system call that its filter denies: if no guest has taken it over, this is a \
                  defect; denied_calls = \"report\" in [vmm] logs which call it is"
@@ -227,7 +250,9 @@ impl Vmm {
             }
             Ok(WaitStatus::Signaled(_, signal, _)) => format!("the vmm process died of {signal}"),
             Ok(WaitStatus::Exited(_, code)) => format!("the vmm process ended with exit code {code}; the log has its last words"),
-            Ok(_) | Err(_) => "the vmm process died".into(),
+            Ok(WaitStatus::StillAlive) => "the vmm process is not gone after it closed its channel, or a debugger holds it".into(),
+            Ok(other) => format!("the vmm process died: {other:?}"),
+            Err(error) => format!("the vmm process died, and how cannot be known: {error}"),
         }
     }
 

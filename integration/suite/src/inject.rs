@@ -50,10 +50,15 @@ const BELOW_STACK: u64 = 2048;
 
 /// Makes a thread, by its id, make a system call. Where it returns, the thread goes on as if nothing had happened.
 pub fn call(tid: i32, number: i64, args: &[Arg<'_>]) -> Outcome {
+    call_and_hold(tid, number, args, Duration::ZERO)
+}
+
+/// As [`call`], and holds on to the thread for so long before it is let go, dead or alive, as a debugger may.
+pub fn call_and_hold(tid: i32, number: i64, args: &[Arg<'_>], hold: Duration) -> Outcome {
     let tid = Pid::from_raw(tid);
     let begun = Instant::now();
     loop {
-        match attempt(tid, number, args) {
+        match attempt(tid, number, args, hold) {
             Ok(Some(outcome)) => return outcome,
             Ok(None) if begun.elapsed() < IDLE => std::thread::sleep(Duration::from_millis(10)),
             Ok(None) => panic!("thread {tid} is never idle"),
@@ -63,7 +68,7 @@ pub fn call(tid: i32, number: i64, args: &[Arg<'_>]) -> Outcome {
 }
 
 /// `None` where the thread was not in a system call.
-fn attempt(tid: Pid, number: i64, args: &[Arg<'_>]) -> io::Result<Option<Outcome>> {
+fn attempt(tid: Pid, number: i64, args: &[Arg<'_>], hold: Duration) -> io::Result<Option<Outcome>> {
     ptrace::seize(tid, Options::empty())?;
     ptrace::interrupt(tid)?;
     waitpid(tid, Some(WaitPidFlag::__WALL))?;
@@ -98,6 +103,7 @@ fn attempt(tid: Pid, number: i64, args: &[Arg<'_>]) -> io::Result<Option<Outcome
     regs.orig_rax = u64::MAX;
     ptrace::setregs(tid, regs)?;
     ptrace::step(tid, None)?;
+    std::thread::sleep(hold);
     match waitpid(tid, Some(WaitPidFlag::__WALL))? {
         WaitStatus::Signaled(_, signal, _) => return Ok(Some(Outcome::Killed(signal))),
         WaitStatus::Stopped(_, Signal::SIGTRAP) => {}
