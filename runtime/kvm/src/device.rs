@@ -20,27 +20,9 @@ use vmm_sys_util::{
     eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd},
 };
 use vz_jail::Role;
-use vz_virtio::{Backend, Kicks, Kind, Memory, Queue};
+use vz_virtio::{Backend, Kicks, Kind, Memory, Queue, Worker};
 
 use crate::{Error, OnFailure, chain, mmio, window::Window};
-
-/// What one thread serves.
-pub struct Worker {
-    /// The device, or its part; it sees the queues below as 0, 1, and so on.
-    pub backend: Box<dyn Backend>,
-    /// The device's queues that it serves, as a bit set.
-    pub queues: u64,
-    /// Name of its thread, at most 15 bytes.
-    pub thread: String,
-    /// What its thread may do.
-    pub role: Role,
-}
-
-impl fmt::Debug for Worker {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Worker").field("queues", &self.queues).field("thread", &self.thread).finish_non_exhaustive()
-    }
-}
 
 /// Epoll data: a worker's commands, then its queues, then its backend's sources.
 const COMMAND: u64 = 0;

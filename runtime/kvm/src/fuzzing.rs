@@ -3,10 +3,10 @@
 use std::sync::Arc;
 
 use vz_jail::Role;
-use vz_virtio::{Backend, Memory};
+use vz_virtio::{Backend, Memory, Worker};
 
 use crate::{
-    Error, Worker,
+    Error,
     device::Device,
     mmio::{self, Registers},
     window::Windows,

@@ -48,7 +48,6 @@ mod vcpu;
 mod window;
 mod x86;
 
-pub use device::Worker;
 pub use exits::{End, Processor};
 pub use machine::{Config, Ending, KERNEL_ARGUMENTS, MAX_DEVICES, MAX_VCPUS, Machine, Running};
 

@@ -11,10 +11,10 @@ use kvm_ioctls::{Cap, IoEventAddress, Kvm, VmFd};
 use nix::sys::eventfd::EfdFlags;
 use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
-use vz_virtio::Memory;
+use vz_virtio::{Memory, Worker};
 
 use crate::{
-    End, Error, OnFailure, Worker,
+    End, Error, OnFailure,
     acpi::{self, Slot},
     boot,
     bus::Bus,

@@ -8,8 +8,8 @@ use std::{
 
 use nix::fcntl::OFlag;
 use vz_jail::Role;
-use vz_kvm::{Ending, Worker};
-use vz_virtio::{Backend, balloon::Balloon, console::Console, net::Net, rng::Rng};
+use vz_kvm::Ending;
+use vz_virtio::{Worker, balloon::Balloon, console::Console, net::Net, rng::Rng};
 
 use crate::{
     Exit, LaunchError, Machine, Outputs,
@@ -76,24 +76,6 @@ impl Write for Lossy {
     }
 }
 
-/// The device's workers: one for each backend, which serves as many queues as it has.
-fn single(backend: impl Backend + 'static, thread: &str, role: Role) -> Vec<Worker> {
-    let count = backend.queue_sizes().len();
-    let queues = (0..count).fold(0, |set, queue| set | 1 << queue);
-    vec![Worker { backend: Box::new(backend), queues, thread: thread.into(), role }]
-}
-
-/// A thread for each queue.
-fn one_each<B: Backend + 'static>(queues: Vec<B>, name: &str, role: Role) -> Vec<Worker> {
-    let worker = |(index, queue)| Worker {
-        backend: Box::new(queue) as Box<dyn Backend>,
-        queues: 1u64 << index,
-        thread: format!("{name}-{index}"),
-        role,
-    };
-    queues.into_iter().enumerate().map(worker).collect()
-}
-
 impl Machine for KvmMachine {
     fn kind(&self) -> MachineKind {
         MachineKind::Kvm
@@ -110,19 +92,19 @@ impl Machine for KvmMachine {
     fn serve(&mut self, devices: Devices, alarm: Alarm) -> Result<(), LaunchError> {
         let Some(made) = self.made.take() else { return Ok(()) };
         let Devices { fs, vsock } = devices;
-        let fs = one_each(fs.split(), "fs", Role::Fs);
+        let fs = Worker::one_each(fs.split(), "fs", Role::Fs);
         let console = self.console.try_clone().map_err(LaunchError::Console)?;
         let (balloon, _) = Balloon::new().map_err(LaunchError::Balloon)?;
         let mut devices = vec![
             fs,
-            single(vsock, "vsock", Role::Vsock),
-            single(
+            Worker::single(vsock, "vsock", Role::Vsock),
+            Worker::single(
                 Console::new(console.try_clone().map_err(LaunchError::Console)?).map_err(LaunchError::Console)?,
                 "console",
                 Role::Device,
             ),
-            single(Rng::new().map_err(LaunchError::Random)?, "rng", Role::Device),
-            single(balloon, "balloon", Role::Device),
+            Worker::single(Rng::new().map_err(LaunchError::Random)?, "rng", Role::Device),
+            Worker::single(balloon, "balloon", Role::Device),
         ];
         for (number, (nic, taps)) in self.files.nics.drain(..).enumerate() {
             let pairs = Net::new(taps, nic.mac, None)?.split().into_iter().enumerate();
@@ -135,7 +117,7 @@ impl Machine for KvmMachine {
             devices.push(workers.collect());
         }
         for (number, queues) in self.files.disks.drain(..).enumerate() {
-            devices.push(one_each(queues, &format!("disk{number}"), Role::Block));
+            devices.push(Worker::one_each(queues, &format!("disk{number}"), Role::Block));
         }
         let on_failure: vz_kvm::OnFailure = Arc::new(move |message| alarm.raise(message));
         let serial = Box::new(Lossy(console.into()));

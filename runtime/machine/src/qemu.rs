@@ -8,8 +8,8 @@ use std::{
 
 use vz_jail::Role;
 use vz_qemu::{Config, Device, Nic, Qemu};
-use vz_vhost::{Endpoint, OnFailure, Worker};
-use vz_virtio::{Backend, blk::BlkQueue};
+use vz_vhost::{Endpoint, OnFailure};
+use vz_virtio::{Worker, blk::BlkQueue};
 
 use crate::{
     Exit, LaunchError, Machine, Outputs,
@@ -106,17 +106,6 @@ fn kernel_arguments(vcpus: u32, count_instructions: bool) -> String {
     arguments
 }
 
-/// A thread for each queue.
-fn one_each<B: Backend + 'static>(queues: Vec<B>, name: &str, role: Role) -> Vec<Worker> {
-    let worker = |(index, queue)| Worker {
-        backend: Box::new(queue) as Box<dyn Backend>,
-        queues: 1u64 << index,
-        thread: format!("{name}-{index}"),
-        role,
-    };
-    queues.into_iter().enumerate().map(worker).collect()
-}
-
 impl Machine for QemuMachine {
     fn kind(&self) -> MachineKind {
         MachineKind::Qemu
@@ -138,12 +127,12 @@ impl Machine for QemuMachine {
             vz_vhost::serve("vsock", VSOCK_QUEUES, vec![worker], endpoint, on_failure.clone())?;
         }
         if let Some(endpoint) = self.fs.take() {
-            let workers = one_each(devices.fs.split(), "fs", Role::Fs);
+            let workers = Worker::one_each(devices.fs.split(), "fs", Role::Fs);
             vz_vhost::serve("fs", workers.len(), workers, endpoint, on_failure.clone())?;
         }
         for (number, (queues, endpoint)) in self.disks.drain(..).enumerate() {
             let name = format!("disk{number}");
-            let workers = one_each(queues, &name, Role::Block);
+            let workers = Worker::one_each(queues, &name, Role::Block);
             vz_vhost::serve(&name, workers.len(), workers, endpoint, on_failure.clone())?;
         }
         Ok(())

@@ -21,9 +21,9 @@ use virtio_queue::QueueT;
 use vm_memory::{GuestAddressSpace, GuestMemoryAtomic};
 use vmm_sys_util::epoll::EventSet;
 use vz_jail::Role;
-use vz_virtio::{Backend, Kicks, Kind, Memory, Queue};
+use vz_virtio::{Backend, Kicks, Kind, Memory, Queue, Worker};
 
-use crate::{Failure, OnFailure, Worker, chain, lock, words};
+use crate::{Failure, OnFailure, chain, lock, words};
 
 type AtomicMemory = GuestMemoryAtomic<Memory>;
 type Vring = VringMutex<AtomicMemory>;

@@ -34,29 +34,11 @@ use vm_memory::GuestMemoryAtomic;
 use vmm_sys_util::epoll::EventSet;
 use vz_jail::Role;
 use vz_sys::error::chain;
-use vz_virtio::{Backend, Memory};
+use vz_virtio::{Memory, Worker};
 
 mod adapter;
 
 use adapter::Adapter;
-
-/// What one thread serves.
-pub struct Worker {
-    /// The device, or its part; it sees the queues below as 0, 1, and so on.
-    pub backend: Box<dyn Backend>,
-    /// The device's queues that it serves, as a bit set.
-    pub queues: u64,
-    /// Name of its thread, at most 15 bytes.
-    pub thread: String,
-    /// What its thread may.
-    pub role: Role,
-}
-
-impl fmt::Debug for Worker {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Worker").field("queues", &self.queues).field("thread", &self.thread).finish_non_exhaustive()
-    }
-}
 
 /// Why a device can no longer be served. The machine cannot go on without it.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

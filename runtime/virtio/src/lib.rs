@@ -44,6 +44,9 @@ pub mod rng;
 mod testing;
 pub mod vsock;
 mod wake;
+mod worker;
+
+pub use worker::Worker;
 
 /// Guest memory. Its bitmap type is what virtiofsd's reader and writer are fixed to.
 pub type Memory = GuestMemoryMmap<BitmapMmapRegion>;

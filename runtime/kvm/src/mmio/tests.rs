@@ -4,10 +4,10 @@ use std::{
 };
 
 use vz_jail::Role;
-use vz_virtio::{Backend, Error, Kicks, Kind, Queues};
+use vz_virtio::{Backend, Error, Kicks, Kind, Queues, Worker};
 
 use super::*;
-use crate::{device::Worker, window::Windows};
+use crate::window::Windows;
 
 const RESET: &str = "reset";
 
