@@ -15,7 +15,7 @@ use linux_loader::loader::{
 use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryRegion};
 use vz_virtio::Memory;
 
-use crate::{Error, layout, memory};
+use crate::{Error, layout};
 
 const E820_RAM: u32 = 1;
 const E820_RESERVED: u32 = 2;
@@ -51,12 +51,6 @@ pub(crate) fn load(memory: &Memory, kernel: &File, initramfs: &File, cmdline: &s
 
 fn load_kernel(memory: &Memory, kernel: &File) -> Result<(GuestAddress, u64), Error> {
     let mut kernel = kernel;
-    // Where it goes its headers say; a file is about as long as what is loaded of it.
-    let size = kernel.metadata().map_err(|source| Error::ReadKernel { source })?.len();
-    let room = low_memory(memory).saturating_sub(layout::KERNEL).min(size);
-    if room > 0 {
-        memory::prefer_large_pages(memory, GuestAddress(layout::KERNEL), room)?;
-    }
     let loaded = Elf::load(memory, None, &mut kernel, Some(GuestAddress(layout::HIGH_MEMORY)))
         .map_err(|e| Error::Kernel(e.to_string()))?;
     Ok((loaded.kernel_load, loaded.kernel_end))
@@ -71,9 +65,6 @@ fn load_initramfs(memory: &Memory, mut file: &File) -> Result<(u64, u64), Error>
     let Some(address) = low.checked_sub(size).map(|address| address & !(LARGE_PAGE - 1)) else {
         return Err(Error::TooLittle { memory: low, needed: size });
     };
-    if size > 0 {
-        memory::prefer_large_pages(memory, GuestAddress(address), size)?;
-    }
     let bytes = usize::try_from(size).map_err(|_| Error::TooLittle { memory: low, needed: size })?;
     memory.read_exact_volatile_from(GuestAddress(address), &mut file, bytes).map_err(Error::place("initramfs"))?;
     Ok((address, size))
@@ -140,6 +131,7 @@ mod tests {
     use std::io::Write;
 
     use super::*;
+    use crate::memory;
 
     fn file(bytes: &[u8]) -> File {
         let mut file = tempfile::tempfile().unwrap();

@@ -41,8 +41,6 @@ pub(crate) const ACPI_END: u64 = 0xf_f000;
 pub(crate) const GENERATION_ID: u64 = 0xf_f000;
 /// Memory from here on is the kernel's.
 pub(crate) const HIGH_MEMORY: u64 = 0x10_0000;
-/// Where Linux is linked to be, for what does not read its headers.
-pub(crate) const KERNEL: u64 = 0x100_0000;
 /// End of memory below the hole.
 pub(crate) const LOW_MEMORY_END: u64 = 0xc000_0000;
 /// virtio-mmio devices.

@@ -103,12 +103,6 @@ pub enum Error {
     /// Something would lie where it must not.
     #[error("address {0:#x} is outside of its part of guest memory")]
     Layout(u64),
-    /// The kernel cannot be read.
-    #[error("read kernel")]
-    ReadKernel {
-        /// Why.
-        source: io::Error,
-    },
     /// The kernel is not one.
     #[error("load kernel: {0}: the guest bundle is damaged or of another kind")]
     Kernel(String),

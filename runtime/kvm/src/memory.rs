@@ -1,8 +1,15 @@
 //! Guest memory: private anonymous memory of this process, given to KVM as slots.
 
+use std::{io, num::NonZeroUsize};
+
 use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::{Cap, VmFd};
-use vm_memory::{GuestAddress, GuestMemory, GuestMemoryRegion};
+use nix::{
+    errno::Errno,
+    libc,
+    sys::mman::{MapFlags, ProtFlags, mmap_anonymous},
+};
+use vm_memory::{GuestAddress, GuestMemory, GuestMemoryRegion, GuestRegionMmap, MmapRegion, bitmap::NewBitmap};
 use vz_virtio::Memory;
 
 use crate::{
@@ -13,8 +20,8 @@ use crate::{
 
 /// Bytes of a page.
 const PAGE: u64 = 4096;
-const PAGE_SIZE: usize = 4096;
-const PAGE_MASK: usize = !(PAGE_SIZE - 1);
+/// Bytes of a large page.
+const LARGE_PAGE: usize = 2 << 20;
 
 /// The ranges of guest memory of this size: below the hole, and above it what does not fit there.
 pub(crate) fn ranges(bytes: u64) -> Result<Vec<(GuestAddress, usize)>, Error> {
@@ -31,8 +38,39 @@ pub(crate) fn ranges(bytes: u64) -> Result<Vec<(GuestAddress, usize)>, Error> {
 }
 
 /// Reserves memory; nothing of it is used before the guest touches it.
+///
+/// It stays reserved for as long as the process lives, as KVM's slots need it.
 pub(crate) fn reserve(bytes: u64) -> Result<Memory, Error> {
-    Memory::from_ranges(&ranges(bytes)?).map_err(|e| Error::Memory { bytes, source: Box::new(e) })
+    let failed = |source: Box<dyn std::error::Error + Send + Sync>| Error::Memory { bytes, source };
+    let regions = ranges(bytes)?.into_iter().map(|(start, length)| {
+        let mapping = map(length).map_err(|e| failed(e.into()))?;
+        GuestRegionMmap::new(mapping, start).ok_or(Error::MemorySize(bytes))
+    });
+    Memory::from_regions(regions.collect::<Result<_, _>>()?).map_err(|e| failed(e.into()))
+}
+
+/// Memory that begins where a large page can, as all ranges of guest memory do: only where a large page of the host is one of the
+/// guest's too, KVM gives it to the guest as one, with one fault in the place of 512. Hosts before Linux 6.7 map anywhere.
+fn map<B: NewBitmap>(length: usize) -> io::Result<MmapRegion<B>> {
+    let prot = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+    let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE;
+    let with_slack = NonZeroUsize::new(length.saturating_add(LARGE_PAGE)).ok_or(io::ErrorKind::InvalidInput)?;
+    // SAFETY: a new mapping at an address of the kernel's choice: nothing else is there.
+    #[allow(unsafe_code)]
+    let mapping = unsafe { mmap_anonymous(None, with_slack, prot, flags) }?;
+    let start = mapping.as_ptr().map_addr(|address| address.next_multiple_of(LARGE_PAGE)).cast::<u8>();
+    // More than was asked for is no worse: a host without large pages says so by an error, and nothing changes.
+    // SAFETY: the range is in the mapping of above, which nothing unmaps; advice changes neither content nor permissions.
+    #[allow(unsafe_code)]
+    let advised = unsafe { libc::madvise(start.cast(), length, libc::MADV_HUGEPAGE) };
+    match Errno::result(advised) {
+        Ok(_) | Err(Errno::EINVAL) => {}
+        Err(e) => return Err(e.into()),
+    }
+    // SAFETY: the same range, of which nobody else knows, with these very flags.
+    #[allow(unsafe_code)]
+    let region = unsafe { MmapRegion::build_raw(start, length, prot.bits(), flags.bits() | libc::MAP_ANONYMOUS) };
+    region.map_err(io::Error::other)
 }
 
 /// Gives the guest its memory, and its devices' registers to read. Before the interrupt controllers exist a slot costs 0.2 ms,
@@ -62,35 +100,10 @@ pub(crate) fn register(vm: &VmFd, memory: &Memory, windows: &Windows) -> Result<
     Ok(())
 }
 
-/// Asks for large pages behind a range that is about to be filled: it takes a fraction of the faults, here and in the guest.
-///
-/// A host that has none to give is no worse off.
-pub(crate) fn prefer_large_pages(memory: &Memory, start: GuestAddress, bytes: u64) -> Result<(), Error> {
-    let length = usize::try_from(bytes).map_err(|_| Error::Layout(bytes))?;
-    let slice = memory.get_slice(start, length).map_err(Error::place("large pages"))?;
-    // Whole pages of the host, from the first to the last that the range touches.
-    let host = slice.ptr_guard_mut();
-    let address = host.as_ptr().addr();
-    let from = address & PAGE_MASK;
-    let to = address.saturating_add(length).next_multiple_of(PAGE_SIZE);
-    // SAFETY: the pages are those of one mapping of guest memory (`get_slice` gives no range across two), which outlives the
-    // call; the advice changes neither their content nor who may use them.
-    #[allow(unsafe_code)]
-    let advised = unsafe {
-        nix::libc::madvise(host.as_ptr().with_addr(from).cast(), to.saturating_sub(from), nix::libc::MADV_HUGEPAGE)
-    };
-    if advised != 0 {
-        let error = std::io::Error::last_os_error();
-        // A kernel without them.
-        if error.raw_os_error() != Some(nix::libc::EINVAL) {
-            return Err(Error::System { operation: "ask for large pages", source: error });
-        }
-    }
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
+    use vm_memory::Bytes;
+
     use super::*;
 
     #[test]
@@ -100,5 +113,21 @@ mod tests {
         assert_eq!(ranges(LOW_MEMORY_END).unwrap(), [(GuestAddress(0), low)]);
         assert_eq!(ranges(6 << 30).unwrap(), [(GuestAddress(0), low), (GuestAddress(ABOVE_HOLE), 3 << 30)]);
         assert!(ranges(0).is_err() && ranges(4097).is_err());
+    }
+
+    #[test]
+    fn large_pages_are_at_one_place_for_host_and_guest() {
+        // Of such a size no host puts it where large pages begin by itself.
+        for bytes in [(4 << 20) + PAGE, 12 << 20, (4 << 30) + PAGE] {
+            let memory = reserve(bytes).unwrap();
+            for region in memory.iter() {
+                let host = memory.get_host_address(region.start_addr()).unwrap().addr();
+                assert!(host.is_multiple_of(LARGE_PAGE), "{bytes} bytes: {host:#x} for {:?}", region.start_addr());
+                // All of it is there.
+                let last = region.last_addr();
+                memory.write_obj(1u8, last).unwrap();
+                assert_eq!(memory.read_obj::<u8>(last).unwrap(), 1);
+            }
+        }
     }
 }
