@@ -28,8 +28,8 @@ use crate::{
 const CHAIN: usize = 64 << 10;
 /// Buffers that are written in one call.
 const BATCH: usize = 64;
-/// Receive and transmit queue.
-const QUEUE_SIZES: [u16; 2] = [64, 256];
+/// Receive and transmit queue. A driver keeps a page in every place of the first, and little is ever typed.
+const QUEUE_SIZES: [u16; 2] = [8, 256];
 const TX: usize = 1;
 
 /// Why output was not written as it was.

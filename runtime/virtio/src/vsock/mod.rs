@@ -52,8 +52,8 @@ const TURNS: usize = 16;
 const HOST: u64 = 2;
 /// Ports that dials come from; those below are for listeners.
 const FIRST_PORT: u32 = 1 << 30;
-/// Receive, transmit and event queue.
-const QUEUE_SIZES: [u16; 3] = [256, 256, 64];
+/// Receive, transmit and event queue. A driver keeps a buffer of 4 KiB in every place of the first.
+const QUEUE_SIZES: [u16; 3] = [128, 128, 64];
 const RX: usize = 0;
 const TX: usize = 1;
 /// Epoll data of the wake-up; connections count from 1.
