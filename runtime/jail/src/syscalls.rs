@@ -101,7 +101,10 @@ const MAIN: &[Allow] = &[
     Any(SYS_waitid),
 ];
 
-const VCPU: &[Allow] = &[OneOf(SYS_ioctl, 1, KVM)];
+const VCPU: &[Allow] = &[OneOf(SYS_ioctl, 1, KVM), INTERRUPT];
+
+/// Interrupting the guest, where a thread serves a device of the KVM machine: by the VM's descriptor, of which nothing else may be asked.
+const INTERRUPT: Allow = OneOf(SYS_ioctl, 1, &[write(KVMIO, 0x61, 8)]); // KVM_IRQ_LINE
 
 /// Requests of a vCPU's thread: running it, reading its state for a report of what went wrong, and the notifications of
 /// a device that the guest sets up.
@@ -125,6 +128,7 @@ const KVM: &[u32] = &[
 
 /// virtiofsd's pass-through file system. Paths are not looked at here: there is nothing but the share to name.
 const FS: &[Allow] = &[
+    INTERRUPT,
     Any(SYS_capget),
     Any(SYS_capset),
     Any(SYS_copy_file_range),
@@ -183,6 +187,7 @@ const FS: &[Allow] = &[
 
 /// Connections that are ends of socket pairs.
 const VSOCK: &[Allow] = &[
+    INTERRUPT,
     OneOf(SYS_ioctl, 1, &[libc::FIONBIO as u32, libc::FIONREAD as u32]),
     Any(SYS_recvfrom),
     Any(SYS_recvmsg),
@@ -193,7 +198,7 @@ const VSOCK: &[Allow] = &[
 ];
 
 /// A tap device's descriptor.
-const NET: &[Allow] = &[OneOf(SYS_ioctl, 1, TUN)];
+const NET: &[Allow] = &[INTERRUPT, OneOf(SYS_ioctl, 1, TUN)];
 
 const TUN: &[u32] = &[
     write(TUNIO, 208, 4), // TUNSETOFFLOAD
@@ -204,6 +209,7 @@ const TUN: &[u32] = &[
 
 /// A file or block device that is open.
 const BLOCK: &[Allow] = &[
+    INTERRUPT,
     Any(SYS_fallocate),
     Any(SYS_fdatasync),
     Any(SYS_fsync),
@@ -217,7 +223,7 @@ const BLOCK: &[Allow] = &[
 ];
 
 /// Guest memory that is given back, and bytes that are given out at a rate.
-const DEVICE: &[Allow] = &[Any(SYS_fallocate), Any(SYS_timerfd_settime)];
+const DEVICE: &[Allow] = &[INTERRUPT, Any(SYS_fallocate), Any(SYS_timerfd_settime)];
 
 /// QEMU's socket, and the guest memory, notifications and interrupts that come over it.
 const PROTOCOL: &[Allow] = &[

@@ -50,6 +50,8 @@ const ATTEMPTS: &[(&str, Attempt, bool)] = &[
     ("pivot root", || call(libc::SYS_pivot_root, [0, 0, 0, 0, 0]), false),
     ("enter a namespace", || call(libc::SYS_setns, [0, 0, 0, 0, 0]), false),
     ("make a user namespace", || call(libc::SYS_unshare, [libc::CLONE_NEWUSER.into(), 0, 0, 0, 0]), false),
+    ("make a virtual machine", || call(libc::SYS_ioctl, [0, 0xae01, 0, 0, 0]), false),
+    ("change a virtual machine's memory", || call(libc::SYS_ioctl, [0, 0x4020_ae46, 0, 0, 0]), false),
     ("load a program into the kernel", || call(libc::SYS_bpf, [0, 0, 0, 0, 0]), false),
     ("use a key ring", || call(libc::SYS_keyctl, [0, 0, 0, 0, 0]), false),
     ("add a key", || call(libc::SYS_add_key, [0, 0, 0, 0, 0]), false),

@@ -2,7 +2,7 @@
 //!
 //! The guest's writes to the registers are handled by whichever vCPU made them; queues belong to the workers' threads, which
 //! get them when the driver is ready and give them up when it resets the device. A notification wakes the thread by an
-//! eventfd that KVM signals itself, an interrupt is an eventfd that KVM turns into one: neither leaves the kernel for a vCPU.
+//! eventfd that KVM signals itself, an interrupt is a request to KVM: neither leaves the kernel for a vCPU.
 
 use std::{
     fmt,
@@ -14,6 +14,7 @@ use std::{
     },
 };
 
+use kvm_ioctls::VmFd;
 use virtio_queue::QueueT;
 use vmm_sys_util::{
     epoll::{ControlOperation, Epoll, EpollEvent, EventSet},
@@ -42,7 +43,33 @@ const EVENTS: usize = 16;
 pub(crate) struct Interrupt {
     status: Mutex<u32>,
     window: Window,
-    line: EventFd,
+    line: Box<dyn InterruptLine>,
+}
+
+/// What the guest's interrupt controller has of a device.
+pub(crate) trait InterruptLine: fmt::Debug + Send + Sync {
+    /// An edge. Edges of one line must not overlap: the second would be none.
+    fn pulse(&self);
+}
+
+/// A pin of KVM's interrupt controllers.
+///
+/// The thread that has something to say interrupts the guest itself, by two requests. An eventfd for KVM (an irqfd) takes a
+/// kernel worker for that, to be woken and switched to each time: only an interrupt that is a message (MSI), which virtio-mmio
+/// does not have, is delivered where the eventfd is written.
+#[derive(Debug)]
+pub(crate) struct Pin {
+    pub(crate) vm: Arc<VmFd>,
+    pub(crate) gsi: u32,
+}
+
+impl InterruptLine for Pin {
+    fn pulse(&self) {
+        for active in [true, false] {
+            // Fails only for a VM that is no more.
+            let _ = self.vm.set_irq_line(self.gsi, active);
+        }
+    }
 }
 
 impl Interrupt {
@@ -51,40 +78,45 @@ impl Interrupt {
     /// The configuration space changed, or the device needs a reset.
     pub(crate) const CONFIG: u32 = 2;
 
-    fn new(window: Window) -> Result<Self, Error> {
-        let line = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).map_err(Error::system("make eventfd"))?;
-        Ok(Self { status: Mutex::new(0), window, line })
+    fn new(window: Window, line: Box<dyn InterruptLine>) -> Self {
+        Self { status: Mutex::new(0), window, line }
     }
 
-    fn change(&self, change: impl FnOnce(u32) -> u32) {
+    fn change(&self, change: impl FnOnce(u32) -> u32) -> MutexGuard<'_, u32> {
         let mut status = lock(&self.status);
         let changed = change(*status);
         if changed != *status {
             *status = changed;
             self.window.set(mmio::INTERRUPT_STATUS, changed);
         }
+        status
     }
 
     fn raise(&self, why: u32) {
-        self.change(|status| status | why);
-        // Fails only where the counter is full, and then the line is raised already.
-        let _ = self.line.write(1);
+        // Held until the line is down again.
+        let _status = self.change(|status| status | why);
+        self.line.pulse();
     }
 
     /// The driver has seen these reasons.
     pub(crate) fn acknowledge(&self, seen: u32) {
-        self.change(|status| status & !(seen & Self::CONFIG));
+        drop(self.change(|status| status & !(seen & Self::CONFIG)));
     }
 
     /// The device is as new.
     fn reset(&self) {
-        self.change(|_| 0);
+        drop(self.change(|_| 0));
     }
+}
 
-    /// What KVM turns into the guest's interrupt.
-    pub(crate) fn line(&self) -> &EventFd {
-        &self.line
-    }
+/// An interrupt line that ends nowhere.
+#[cfg(any(test, feature = "fuzzing"))]
+#[derive(Debug)]
+pub(crate) struct Unheard;
+
+#[cfg(any(test, feature = "fuzzing"))]
+impl InterruptLine for Unheard {
+    fn pulse(&self) {}
 }
 
 /// The device's status register: how far the driver is, and whether the device has given up.
@@ -199,13 +231,18 @@ pub(crate) struct Device {
 }
 
 impl Device {
-    /// Makes the device and what its threads will run; the guest reads its registers in `window`.
-    pub(crate) fn new(workers: Vec<Worker>, memory: &Memory, window: Window) -> Result<(Self, Vec<Serving>), Error> {
+    /// Makes the device and what its threads will run; the guest reads its registers in `window`, and is interrupted by `line`.
+    pub(crate) fn new(
+        workers: Vec<Worker>,
+        memory: &Memory,
+        window: Window,
+        line: Box<dyn InterruptLine>,
+    ) -> Result<(Self, Vec<Serving>), Error> {
         let first = workers.first().ok_or(Error::NoWorkers)?;
         let kind = first.backend.kind();
         let features = first.backend.features();
         let space = Arc::new(Space::new(first.backend.config(), window.clone()));
-        let interrupt = Arc::new(Interrupt::new(window.clone())?);
+        let interrupt = Arc::new(Interrupt::new(window.clone(), line));
         let status = Arc::new(Status { shown: Mutex::default(), window: window.clone() });
         let mut sizes: Vec<(usize, u16)> = Vec::new();
         let mut lines = Vec::new();
@@ -449,5 +486,49 @@ impl Serving {
         if why != 0 {
             self.interrupt.raise(why);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        sync::atomic::{AtomicBool, AtomicU32, Ordering},
+        thread,
+    };
+
+    use super::*;
+    use crate::window::Windows;
+
+    /// Counts edges, and whether one began before another was over.
+    #[derive(Debug, Default)]
+    struct Edges {
+        up: AtomicBool,
+        count: AtomicU32,
+        overlapped: AtomicBool,
+    }
+
+    impl InterruptLine for Arc<Edges> {
+        fn pulse(&self) {
+            if self.up.swap(true, Ordering::SeqCst) {
+                self.overlapped.store(true, Ordering::SeqCst);
+            }
+            thread::yield_now();
+            self.count.fetch_add(1, Ordering::SeqCst);
+            self.up.store(false, Ordering::SeqCst);
+        }
+    }
+
+    #[test]
+    fn every_reason_is_an_edge_of_its_own() {
+        let edges = Arc::new(Edges::default());
+        let window = Windows::reserve(1).unwrap().of(0);
+        let interrupt = Interrupt::new(window, Box::new(Arc::clone(&edges)));
+        thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| (0..1000).for_each(|_| interrupt.raise(Interrupt::USED)));
+            }
+        });
+        assert_eq!(edges.count.load(Ordering::SeqCst), 4000);
+        assert!(!edges.overlapped.load(Ordering::SeqCst));
     }
 }

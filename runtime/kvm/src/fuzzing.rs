@@ -7,7 +7,7 @@ use vz_virtio::{Backend, Memory, Worker};
 
 use crate::{
     Error,
-    device::Device,
+    device::{Device, Unheard},
     mmio::{self, Registers},
     window::Windows,
 };
@@ -23,7 +23,7 @@ impl Transport {
     /// Registers for a backend with its queues.
     pub fn new(backend: Box<dyn Backend>, queues: u64, memory: &Memory) -> Result<Self, Error> {
         let worker = Worker { backend, queues, thread: "fuzz".into(), role: Role::Device };
-        let (device, _serving) = Device::new(vec![worker], memory, Windows::reserve(1)?.of(0))?;
+        let (device, _serving) = Device::new(vec![worker], memory, Windows::reserve(1)?.of(0), Box::new(Unheard))?;
         Ok(Self(Registers::new(Arc::new(device), memory.clone())))
     }
 

@@ -18,7 +18,7 @@ use crate::{
     acpi::{self, Slot},
     boot,
     bus::Bus,
-    device::{Device, Interrupt, Serving},
+    device::{Device, Interrupt, Pin, Serving},
     layout, memory,
     mmio::{self, Registers},
     ports::{Output, Ports, SERIAL_GSI},
@@ -67,7 +67,7 @@ pub struct Machine {
 #[derive(Debug)]
 pub struct Running {
     /// Notifications and interrupts are connected for as long as this is open.
-    _vm: VmFd,
+    _vm: Arc<VmFd>,
     /// What KVM's memory slots are made of.
     _memory: Memory,
     _windows: Windows,
@@ -146,6 +146,7 @@ impl Machine {
         on_failure: &OnFailure,
     ) -> Result<Running, Error> {
         let Self { kvm, vm, memory, windows, vcpus, entry, ending } = self;
+        let vm = Arc::new(vm);
         let mut bus = Vec::new();
         let mut slots = Vec::new();
         let mut servings: Vec<Serving> = Vec::new();
@@ -157,7 +158,8 @@ impl Machine {
                 base: layout::MMIO.saturating_add(layout::MMIO_SIZE.saturating_mul(index.into())),
                 gsi: layout::FIRST_GSI.saturating_add(index),
             };
-            let (device, serving) = Device::new(workers, &memory, windows.of(index))?;
+            let pin = Pin { vm: Arc::clone(&vm), gsi: slot.gsi };
+            let (device, serving) = Device::new(workers, &memory, windows.of(index), Box::new(pin))?;
             connect(&vm, &device, slot)?;
             servings.extend(serving);
             slots.push(slot);
@@ -201,8 +203,7 @@ fn create_vm(kvm: &Kvm) -> Result<VmFd, Error> {
     }
 }
 
-/// Lets KVM turn the guest's notifications into events, and our events into its interrupts; it also swallows the
-/// acknowledgements that mean nothing here.
+/// Lets KVM turn the guest's notifications into events; it also swallows the acknowledgements that mean nothing here.
 fn connect(vm: &VmFd, device: &Device, slot: Slot) -> Result<(), Error> {
     let register = IoEventAddress::Mmio(slot.base.saturating_add(mmio::NOTIFY));
     for (index, notification) in (0u32..).zip(&device.notifications) {
@@ -211,8 +212,7 @@ fn connect(vm: &VmFd, device: &Device, slot: Slot) -> Result<(), Error> {
     // Nobody reads it, and a full counter stops nobody.
     let nobody = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).map_err(Error::system("make eventfd"))?;
     let register = IoEventAddress::Mmio(slot.base.saturating_add(mmio::ACKNOWLEDGE));
-    vm.register_ioevent(&nobody, &register, Interrupt::USED).map_err(Error::kvm("connect acknowledgement"))?;
-    vm.register_irqfd(device.interrupt.line(), slot.gsi).map_err(Error::kvm("connect interrupt"))
+    vm.register_ioevent(&nobody, &register, Interrupt::USED).map_err(Error::kvm("connect acknowledgement"))
 }
 
 #[cfg(test)]

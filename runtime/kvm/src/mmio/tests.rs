@@ -7,7 +7,7 @@ use vz_jail::Role;
 use vz_virtio::{Backend, Error, Kicks, Kind, Queues, Worker};
 
 use super::*;
-use crate::window::Windows;
+use crate::{device::Unheard, window::Windows};
 
 const RESET: &str = "reset";
 
@@ -62,7 +62,8 @@ fn guest() -> Guest {
         thread: "probe".into(),
         role: Role::Device,
     };
-    let (device, serving) = Device::new(vec![worker], &memory, Windows::reserve(1).unwrap().of(0)).unwrap();
+    let (device, serving) =
+        Device::new(vec![worker], &memory, Windows::reserve(1).unwrap().of(0), Box::new(Unheard)).unwrap();
     for serving in serving {
         // Unconfined: a filter would be the test process's for good.
         std::thread::spawn(move || serving.run().unwrap());
