@@ -117,7 +117,7 @@ mod tests {
 
     #[test]
     fn large_pages_are_at_one_place_for_host_and_guest() {
-        // Of such a size no host puts it where large pages begin by itself.
+        // Also of sizes that no host puts there by itself.
         for bytes in [(4 << 20) + PAGE, 12 << 20, (4 << 30) + PAGE] {
             let memory = reserve(bytes).unwrap();
             for region in memory.iter() {
