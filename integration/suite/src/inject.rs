@@ -103,6 +103,7 @@ fn attempt(tid: Pid, number: i64, args: &[Arg<'_>], hold: Duration) -> io::Resul
     regs.orig_rax = u64::MAX;
     ptrace::setregs(tid, regs)?;
     ptrace::step(tid, None)?;
+    // Nothing tells that the others have not noticed: this is how long they could have.
     std::thread::sleep(hold);
     match waitpid(tid, Some(WaitPidFlag::__WALL))? {
         WaitStatus::Signaled(_, signal, _) => return Ok(Some(Outcome::Killed(signal))),

@@ -101,7 +101,7 @@ const MAIN: &[Allow] = &[
     Any(SYS_waitid),
 ];
 
-const VCPU: &[Allow] = &[OneOf(SYS_ioctl, 1, KVM), INTERRUPT];
+const VCPU: &[Allow] = &[OneOf(SYS_ioctl, 1, KVM)];
 
 /// Interrupting the guest, where a thread serves a device of the KVM machine: by the VM's descriptor, of which nothing else may be asked.
 const INTERRUPT: Allow = OneOf(SYS_ioctl, 1, &[write(KVMIO, 0x61, 8)]); // KVM_IRQ_LINE

@@ -15,7 +15,7 @@ use linux_loader::loader::{
 use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryRegion};
 use vz_virtio::Memory;
 
-use crate::{Error, layout};
+use crate::{Error, layout, memory};
 
 const E820_RAM: u32 = 1;
 const E820_RESERVED: u32 = 2;
@@ -26,8 +26,8 @@ const BOOT_FLAG: u16 = 0xaa55;
 const PROTOCOL_VERSION: u16 = 0x020e;
 /// A boot loader without a number of its own.
 const LOADER_UNDEFINED: u8 = 0xff;
-/// Size of a large page, which is where the initramfs begins.
-const LARGE_PAGE: u64 = 2 << 20;
+/// The initramfs begins where a large page does.
+const ALIGNMENT: u64 = memory::LARGE_PAGE as u64;
 
 /// Loads everything; the address of the kernel's 64-bit entry.
 pub(crate) fn load(memory: &Memory, kernel: &File, initramfs: &File, cmdline: &str) -> Result<GuestAddress, Error> {
@@ -62,7 +62,7 @@ fn load_initramfs(memory: &Memory, mut file: &File) -> Result<(u64, u64), Error>
     let size = file.seek(SeekFrom::End(0)).map_err(read)?;
     file.rewind().map_err(read)?;
     let low = low_memory(memory);
-    let Some(address) = low.checked_sub(size).map(|address| address & !(LARGE_PAGE - 1)) else {
+    let Some(address) = low.checked_sub(size).map(|address| address & !(ALIGNMENT - 1)) else {
         return Err(Error::TooLittle { memory: low, needed: size });
     };
     let bytes = usize::try_from(size).map_err(|_| Error::TooLittle { memory: low, needed: size })?;
@@ -131,7 +131,6 @@ mod tests {
     use std::io::Write;
 
     use super::*;
-    use crate::memory;
 
     fn file(bytes: &[u8]) -> File {
         let mut file = tempfile::tempfile().unwrap();

@@ -6,7 +6,7 @@
 
 use std::{
     fmt,
-    io::ErrorKind,
+    io::{self, ErrorKind},
     os::fd::{AsRawFd, RawFd},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
@@ -49,7 +49,7 @@ pub(crate) struct Interrupt {
 /// What the guest's interrupt controller has of a device.
 pub(crate) trait InterruptLine: fmt::Debug + Send + Sync {
     /// An edge. Edges of one line must not overlap: the second would be none.
-    fn pulse(&self);
+    fn pulse(&self) -> io::Result<()>;
 }
 
 /// A pin of KVM's interrupt controllers.
@@ -64,11 +64,9 @@ pub(crate) struct Pin {
 }
 
 impl InterruptLine for Pin {
-    fn pulse(&self) {
-        for active in [true, false] {
-            // Fails only for a VM that is no more.
-            let _ = self.vm.set_irq_line(self.gsi, active);
-        }
+    fn pulse(&self) -> io::Result<()> {
+        self.vm.set_irq_line(self.gsi, true)?;
+        Ok(self.vm.set_irq_line(self.gsi, false)?)
     }
 }
 
@@ -92,10 +90,10 @@ impl Interrupt {
         status
     }
 
-    fn raise(&self, why: u32) {
+    fn raise(&self, why: u32) -> Result<(), Error> {
         // Held until the line is down again.
         let _status = self.change(|status| status | why);
-        self.line.pulse();
+        self.line.pulse().map_err(Error::system("interrupt the guest"))
     }
 
     /// The driver has seen these reasons.
@@ -116,7 +114,9 @@ pub(crate) struct Unheard;
 
 #[cfg(any(test, feature = "fuzzing"))]
 impl InterruptLine for Unheard {
-    fn pulse(&self) {}
+    fn pulse(&self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 /// The device's status register: how far the driver is, and whether the device has given up.
@@ -233,7 +233,7 @@ pub(crate) struct Device {
 impl Device {
     /// Makes the device and what its threads will run; the guest reads its registers in `window`, and is interrupted by `line`.
     pub(crate) fn new(
-        workers: Vec<Worker>,
+        workers: Vec<Worker<Role>>,
         memory: &Memory,
         window: Window,
         line: Box<dyn InterruptLine>,
@@ -406,16 +406,16 @@ impl Serving {
             };
             for event in events.iter().take(count) {
                 match event.data() {
-                    COMMAND => self.commands(),
+                    COMMAND => self.commands()?,
                     data if data & SOURCE != 0 => {
-                        self.call(Call::Source(u16::try_from(data & 0xffff).unwrap_or(u16::MAX)));
+                        self.call(Call::Source(u16::try_from(data & 0xffff).unwrap_or(u16::MAX)))?;
                     }
                     data => {
                         let index = data.saturating_sub(QUEUE);
                         if let Some(notification) = usize::try_from(index).ok().and_then(|i| self.notifications.get(i))
                         {
                             let _ = notification.read();
-                            self.call(Call::Queue(u16::try_from(index).unwrap_or(u16::MAX)));
+                            self.call(Call::Queue(u16::try_from(index).unwrap_or(u16::MAX)))?;
                         }
                     }
                 }
@@ -423,7 +423,7 @@ impl Serving {
         }
     }
 
-    fn commands(&mut self) {
+    fn commands(&mut self) -> Result<(), Error> {
         let _ = self.wake.read();
         while let Ok(command) = self.commands.try_recv() {
             match command {
@@ -432,7 +432,7 @@ impl Serving {
                     self.backend.activate(features);
                     // The driver may have made buffers available before it said that it is ready.
                     for index in 0..self.queues.len() {
-                        self.call(Call::Queue(u16::try_from(index).unwrap_or(u16::MAX)));
+                        self.call(Call::Queue(u16::try_from(index).unwrap_or(u16::MAX)))?;
                     }
                 }
                 Command::Reset(done) => {
@@ -446,15 +446,16 @@ impl Serving {
                 }
             }
         }
+        Ok(())
     }
 
-    fn call(&mut self, what: Call) {
+    fn call(&mut self, what: Call) -> Result<(), Error> {
         if self.queues.is_empty() || self.status.is_broken() {
             if let Call::Source(token) = what {
                 // So that it does not go on calling.
                 let _ = self.backend.source(token, &mut [], &self.memory);
             }
-            return;
+            return Ok(());
         }
         let mut lent: Vec<Option<&mut Queue>> = self.queues.iter_mut().map(Option::as_mut).collect();
         let served = match what {
@@ -466,7 +467,7 @@ impl Serving {
             Err(e) => {
                 tracing::warn!(thread = self.name, "device stopped until the guest resets it: {}", chain(&e));
                 self.status.change(|shown| shown.broken = true);
-                self.interrupt.raise(Interrupt::CONFIG);
+                self.interrupt.raise(Interrupt::CONFIG)?;
                 Kicks::NONE
             }
         };
@@ -484,8 +485,9 @@ impl Serving {
             why |= Interrupt::CONFIG;
         }
         if why != 0 {
-            self.interrupt.raise(why);
+            self.interrupt.raise(why)?;
         }
+        Ok(())
     }
 }
 
@@ -508,13 +510,14 @@ mod tests {
     }
 
     impl InterruptLine for Arc<Edges> {
-        fn pulse(&self) {
+        fn pulse(&self) -> io::Result<()> {
             if self.up.swap(true, Ordering::SeqCst) {
                 self.overlapped.store(true, Ordering::SeqCst);
             }
             thread::yield_now();
             self.count.fetch_add(1, Ordering::SeqCst);
             self.up.store(false, Ordering::SeqCst);
+            Ok(())
         }
     }
 
@@ -525,7 +528,7 @@ mod tests {
         let interrupt = Interrupt::new(window, Box::new(Arc::clone(&edges)));
         thread::scope(|scope| {
             for _ in 0..4 {
-                scope.spawn(|| (0..1000).for_each(|_| interrupt.raise(Interrupt::USED)));
+                scope.spawn(|| (0..1000).for_each(|_| interrupt.raise(Interrupt::USED).unwrap()));
             }
         });
         assert_eq!(edges.count.load(Ordering::SeqCst), 4000);

@@ -11,6 +11,7 @@ use kvm_ioctls::{Cap, IoEventAddress, Kvm, VmFd};
 use nix::sys::eventfd::EfdFlags;
 use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use vz_jail::Role;
 use vz_virtio::{Memory, Worker};
 
 use crate::{
@@ -140,7 +141,7 @@ impl Machine {
     /// `generation` is the VM's generation identifier, which no other VM ever had.
     pub fn start(
         self,
-        devices: Vec<Vec<Worker>>,
+        devices: Vec<Vec<Worker<Role>>>,
         output: Output,
         generation: [u8; 16],
         on_failure: &OnFailure,

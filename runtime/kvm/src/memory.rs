@@ -21,7 +21,7 @@ use crate::{
 /// Bytes of a page.
 const PAGE: u64 = 4096;
 /// Bytes of a large page.
-const LARGE_PAGE: usize = 2 << 20;
+pub(crate) const LARGE_PAGE: usize = 2 << 20;
 
 /// The ranges of guest memory of this size: below the hole, and above it what does not fit there.
 pub(crate) fn ranges(bytes: u64) -> Result<Vec<(GuestAddress, usize)>, Error> {

@@ -59,7 +59,7 @@ pub(crate) struct Adapter {
 impl Adapter {
     pub(crate) fn new(
         queues: usize,
-        workers: Vec<Worker>,
+        workers: Vec<Worker<Role>>,
         memory: AtomicMemory,
         on_failure: OnFailure,
     ) -> Option<Self> {

@@ -140,7 +140,7 @@ pub struct Served;
 pub fn serve(
     name: &str,
     queues: usize,
-    workers: Vec<Worker>,
+    workers: Vec<Worker<Role>>,
     endpoint: Endpoint,
     on_failure: OnFailure,
 ) -> Result<Served, Error> {
