@@ -86,6 +86,9 @@ pub fn enter(role: Role) -> Result<(), Error> {
     filter::install(role)
 }
 
+/// Bytes of a thread's stack. Where the host gives large pages unasked, one of a large page's size would cost 2 MiB.
+const STACK: usize = 512 << 10;
+
 /// Starts a thread that is confined to its role before `f` runs. `refused` is called instead of `f` where it could not be.
 ///
 /// A panic is the business of the process's hook; the thread ends with it.
@@ -95,7 +98,7 @@ where
     R: FnOnce(Error) + Send + 'static,
 {
     let name = name.to_owned();
-    thread::Builder::new().name(name).spawn(move || match enter(role) {
+    thread::Builder::new().name(name).stack_size(STACK).spawn(move || match enter(role) {
         Ok(()) => f(),
         Err(e) => refused(e),
     })
