@@ -4,8 +4,6 @@
 use std::{
     fs::File,
     io::{Seek, SeekFrom},
-    panic::resume_unwind,
-    thread,
 };
 
 use linux_loader::loader::{
@@ -15,7 +13,7 @@ use linux_loader::loader::{
 use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryRegion};
 use vz_virtio::Memory;
 
-use crate::{Error, layout, memory};
+use crate::{Error, beside::beside, image::Image, layout, memory};
 
 const E820_RAM: u32 = 1;
 const E820_RESERVED: u32 = 2;
@@ -26,23 +24,14 @@ const BOOT_FLAG: u16 = 0xaa55;
 const PROTOCOL_VERSION: u16 = 0x020e;
 /// A boot loader without a number of its own.
 const LOADER_UNDEFINED: u8 = 0xff;
-/// The initramfs begins where a large page does.
-const ALIGNMENT: u64 = memory::LARGE_PAGE as u64;
 
 /// Loads everything; the address of the kernel's 64-bit entry.
 pub(crate) fn load(memory: &Memory, kernel: &File, initramfs: &File, cmdline: &str) -> Result<GuestAddress, Error> {
     // Most of what a start costs on the host is this copying, so both are copied at once. Nobody runs yet: where the initramfs
     // is too large, what it overwrites of the kernel is an error afterwards.
-    let (kernel, initramfs) = thread::scope(|scope| {
-        let other =
-            thread::Builder::new().name("initramfs".into()).spawn_scoped(scope, || load_initramfs(memory, initramfs));
-        let kernel = load_kernel(memory, kernel);
-        let other = other.map_err(|source| Error::Thread { name: "initramfs".into(), source });
-        let initramfs = other.and_then(|other| other.join().unwrap_or_else(|panic| resume_unwind(panic)));
-        (kernel, initramfs)
-    });
-    let (entry, kernel_end) = kernel?;
-    let initramfs = behind(initramfs?, kernel_end, memory)?;
+    let (initramfs, (entry, kernel_end)) =
+        beside("initramfs", || load_initramfs(memory, initramfs), || load_kernel(memory, kernel))?;
+    let initramfs = behind(initramfs, kernel_end, memory)?;
     load_cmdline(memory, cmdline)?;
     let zero_page = zero_page(memory, initramfs, cmdline.len())?;
     memory.write_obj(zero_page, GuestAddress(layout::ZERO_PAGE)).map_err(Error::place("boot parameters"))?;
@@ -50,19 +39,19 @@ pub(crate) fn load(memory: &Memory, kernel: &File, initramfs: &File, cmdline: &s
 }
 
 fn load_kernel(memory: &Memory, kernel: &File) -> Result<(GuestAddress, u64), Error> {
-    let mut kernel = kernel;
-    let loaded = Elf::load(memory, None, &mut kernel, Some(GuestAddress(layout::HIGH_MEMORY)))
+    let loaded = Elf::load(memory, None, &mut Image::new(kernel), Some(GuestAddress(layout::HIGH_MEMORY)))
         .map_err(|e| Error::Kernel(e.to_string()))?;
     Ok((loaded.kernel_load, loaded.kernel_end))
 }
 
-/// As far up in low memory as it goes, where the kernel does not have to step around it; address and size.
+/// As far up in low memory as it goes, where the kernel does not have to step around it, and leaves nothing behind it that it would
+/// take for good: so the large pages are whole, and go back to the host, once it is unpacked. Address and size.
 fn load_initramfs(memory: &Memory, mut file: &File) -> Result<(u64, u64), Error> {
     let read = |source| Error::Initramfs { source };
     let size = file.seek(SeekFrom::End(0)).map_err(read)?;
     file.rewind().map_err(read)?;
     let low = low_memory(memory);
-    let Some(address) = low.checked_sub(size).map(|address| address & !(ALIGNMENT - 1)) else {
+    let Some(address) = low.checked_sub(size).map(|address| address & !(memory::PAGE - 1)) else {
         return Err(Error::TooLittle { memory: low, needed: size });
     };
     let bytes = usize::try_from(size).map_err(|_| Error::TooLittle { memory: low, needed: size })?;
@@ -164,11 +153,11 @@ mod tests {
     fn an_initramfs_is_put_at_the_end_of_low_memory() {
         let memory = memory::reserve(16 << 20).unwrap();
         let (address, size) = load_initramfs(&memory, &file(&[7; 5000])).unwrap();
-        assert_eq!(behind((address, size), 14 << 20, &memory).unwrap(), (14 << 20, 5000));
+        assert_eq!(behind((address, size), 14 << 20, &memory).unwrap(), ((16 << 20) - 8192, 5000));
         let mut last = [0; 1];
         memory.read_slice(&mut last, GuestAddress(address + size - 1)).unwrap();
         assert_eq!(last, [7]);
-        let error = behind((address, size), (14 << 20) + 1, &memory).unwrap_err();
+        let error = behind((address, size), address + 1, &memory).unwrap_err();
         assert!(matches!(error, Error::TooLittle { .. }), "{error}");
         let error = load_initramfs(&memory, &file(&vec![7; (16 << 20) + 1])).unwrap_err();
         assert!(matches!(error, Error::TooLittle { .. }), "{error}");

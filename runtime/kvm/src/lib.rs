@@ -33,12 +33,14 @@ use vz_sys::error::chain;
 use vz_virtio::Kind;
 
 mod acpi;
+mod beside;
 mod boot;
 mod bus;
 mod device;
 mod exits;
 #[cfg(feature = "fuzzing")]
 pub mod fuzzing;
+mod image;
 mod layout;
 mod machine;
 mod memory;
@@ -49,7 +51,7 @@ mod window;
 mod x86;
 
 pub use exits::{End, Processor};
-pub use machine::{Config, Ending, KERNEL_ARGUMENTS, MAX_DEVICES, MAX_VCPUS, Machine, Running};
+pub use machine::{Config, Ending, MAX_DEVICES, MAX_VCPUS, Machine, Running, kernel_arguments};
 
 /// Called, from any thread of the machine, when that thread failed: the machine cannot go on.
 pub type OnFailure = Arc<dyn Fn(String) + Send + Sync>;

@@ -6,7 +6,7 @@ use std::{
     sync::{Arc, OnceLock},
 };
 
-use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
+use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VmFd};
 use nix::sys::eventfd::EfdFlags;
 use vm_memory::GuestAddress;
@@ -17,6 +17,7 @@ use vz_virtio::{Memory, Worker};
 use crate::{
     End, Error, OnFailure,
     acpi::{self, Slot},
+    beside::beside,
     boot,
     bus::Bus,
     device::{Device, Interrupt, Pin, Serving},
@@ -35,7 +36,18 @@ pub const MAX_DEVICES: usize = SLOTS as usize;
 const SLOTS: u32 = layout::LAST_GSI - layout::FIRST_GSI + 1;
 /// What the kernel needs to know about this machine. The rest it finds in ACPI; no 8250 is probed, since the console is a
 /// virtio one, and what comes before that or in a panic goes out through the first serial port.
-pub const KERNEL_ARGUMENTS: &str = "quiet console=hvc0 earlyprintk=ttyS0 8250.nr_uarts=0 panic=-1 reboot=a,k pci=off swiotlb=noforce cryptomgr.notests";
+const KERNEL_ARGUMENTS: &str = "quiet console=hvc0 earlyprintk=ttyS0 8250.nr_uarts=0 panic=-1 reboot=a,k pci=off swiotlb=noforce cryptomgr.notests";
+
+/// Bytes of memory for each of the buckets in which the kernel looks names up, and for each of those of inodes: four times as much as
+/// by its own choice, which is for hosts that serve files. A MiB of 1 GiB less is in use from the first moment on.
+const MEMORY_PER_NAME: u64 = 32 << 10;
+const MEMORY_PER_INODE: u64 = 64 << 10;
+
+/// The beginning of the kernel's command line on a machine with so many bytes of memory.
+pub fn kernel_arguments(memory: u64) -> String {
+    let (names, inodes) = (memory / MEMORY_PER_NAME, memory / MEMORY_PER_INODE);
+    format!("{KERNEL_ARGUMENTS} dhash_entries={names} ihash_entries={inodes}")
+}
 
 /// What to make.
 #[derive(Debug)]
@@ -48,7 +60,7 @@ pub struct Config<'a> {
     pub kernel: &'a File,
     /// Its initramfs.
     pub initramfs: &'a File,
-    /// Its whole command line; [`KERNEL_ARGUMENTS`] are part of it.
+    /// Its whole command line; [`kernel_arguments`] are part of it.
     pub cmdline: &'a str,
 }
 
@@ -57,6 +69,7 @@ pub struct Config<'a> {
 pub struct Machine {
     kvm: Kvm,
     vm: VmFd,
+    cpuid: CpuId,
     memory: Memory,
     windows: Windows,
     vcpus: u8,
@@ -118,18 +131,13 @@ impl Machine {
         let vcpus = u8::try_from(config.vcpus).ok().filter(|n| (1..=MAX_VCPUS).contains(&u32::from(*n)));
         let vcpus = vcpus.ok_or(Error::Vcpus(config.vcpus))?;
         let kvm = Kvm::new().map_err(Error::kvm("open /dev/kvm"))?;
-        let vm = create_vm(&kvm)?;
         let memory = memory::reserve(config.memory)?;
         let windows = Windows::reserve(SLOTS)?;
-        memory::register(&vm, &memory, &windows)?;
-        vm.set_identity_map_address(layout::IDENTITY_MAP).map_err(Error::kvm("set identity map"))?;
-        vm.set_tss_address(layout::TSS).map_err(Error::kvm("set TSS"))?;
-        vm.create_irq_chip().map_err(Error::kvm("create interrupt controllers"))?;
-        let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
-        vm.create_pit2(pit).map_err(Error::kvm("create timer"))?;
-        let entry = boot::load(&memory, config.kernel, config.initramfs, config.cmdline)?;
+        // KVM has its part of the work done while memory is filled.
+        let load = || boot::load(&memory, config.kernel, config.initramfs, config.cmdline);
+        let (entry, (vm, cpuid)) = beside("loader", load, || prepare(&kvm, &memory, &windows))?;
         x86::write_tables(&memory)?;
-        Ok(Self { kvm, vm, memory, windows, vcpus, entry, ending: Ending::new()? })
+        Ok(Self { kvm, vm, cpuid, memory, windows, vcpus, entry, ending: Ending::new()? })
     }
 
     /// How it will tell its end.
@@ -146,7 +154,7 @@ impl Machine {
         generation: [u8; 16],
         on_failure: &OnFailure,
     ) -> Result<Running, Error> {
-        let Self { kvm, vm, memory, windows, vcpus, entry, ending } = self;
+        let Self { kvm, vm, cpuid: supported, memory, windows, vcpus, entry, ending } = self;
         let vm = Arc::new(vm);
         let mut bus = Vec::new();
         let mut slots = Vec::new();
@@ -171,7 +179,6 @@ impl Machine {
         let ports = Arc::new(Ports::new(&serial_line, output)?);
         acpi::write(&memory, vcpus, &slots, generation)?;
 
-        let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(Error::kvm("get CPUID"))?;
         let tsc_deadline = kvm.check_extension(Cap::TscDeadlineTimer);
         let bus = Arc::new(Bus::new(bus));
         let mut ready = Vec::new();
@@ -191,6 +198,19 @@ impl Machine {
         }
         Ok(Running { _vm: vm, _memory: memory, _windows: windows })
     }
+}
+
+/// The VM with its memory, interrupt controllers and timer, and what its processors can do.
+fn prepare(kvm: &Kvm, memory: &Memory, windows: &Windows) -> Result<(VmFd, CpuId), Error> {
+    let vm = create_vm(kvm)?;
+    memory::register(&vm, memory, windows)?;
+    vm.set_identity_map_address(layout::IDENTITY_MAP).map_err(Error::kvm("set identity map"))?;
+    vm.set_tss_address(layout::TSS).map_err(Error::kvm("set TSS"))?;
+    vm.create_irq_chip().map_err(Error::kvm("create interrupt controllers"))?;
+    let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
+    vm.create_pit2(pit).map_err(Error::kvm("create timer"))?;
+    let cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(Error::kvm("get CPUID"))?;
+    Ok((vm, cpuid))
 }
 
 fn create_vm(kvm: &Kvm) -> Result<VmFd, Error> {

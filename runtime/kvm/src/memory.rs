@@ -19,7 +19,7 @@ use crate::{
 };
 
 /// Bytes of a page.
-const PAGE: u64 = 4096;
+pub(crate) const PAGE: u64 = 4096;
 /// Bytes of a large page.
 pub(crate) const LARGE_PAGE: usize = 2 << 20;
 

@@ -35,14 +35,15 @@ pub(crate) struct KvmMachine {
 
 impl KvmMachine {
     pub(crate) fn launch(config: &BootConfig, bundle: &vz_linux::Bundle, files: Files) -> Result<Self, LaunchError> {
-        let mut cmdline = String::from(vz_kvm::KERNEL_ARGUMENTS);
+        let memory = config.memory_mib.saturating_mul(MIB);
+        let mut cmdline = vz_kvm::kernel_arguments(memory);
         if !config.kernel_args.is_empty() {
             cmdline.push(' ');
             cmdline.push_str(&config.kernel_args);
         }
         let made = vz_kvm::Machine::new(&vz_kvm::Config {
             vcpus: config.vcpus,
-            memory: config.memory_mib.saturating_mul(MIB),
+            memory,
             kernel: &bundle.kernel,
             initramfs: &bundle.initramfs,
             cmdline: &cmdline,
