@@ -10,7 +10,7 @@
 use std::{
     collections::BTreeMap,
     fs::{self, DirBuilder, File},
-    io::{self, Read, Write},
+    io::{self, Write},
     os::unix::fs::{DirBuilderExt, PermissionsExt},
     path::{Path, PathBuf},
     time::Duration,
@@ -198,7 +198,7 @@ fn modules(root: &Path) -> BTreeMap<String, String> {
 }
 
 fn describe(module: &Path) -> String {
-    let read = |path: PathBuf| attribute(&path).map(|text| text.trim().to_owned());
+    let read = |path: PathBuf| fs::read_to_string(path).map(|text| text.trim().to_owned());
     let mut words: Vec<String> =
         ["version", "srcversion"].iter().filter_map(|name| read(module.join(name)).ok()).collect();
     let mut parameters: Vec<String> = fs::read_dir(module.join("parameters"))
@@ -211,13 +211,6 @@ fn describe(module: &Path) -> String {
     parameters.sort();
     words.append(&mut parameters);
     words.join(" ")
-}
-
-/// An attribute in sysfs, which one read has whole. There are dozens of them, and each start looks at all.
-fn attribute(path: &Path) -> io::Result<String> {
-    let mut bytes = [0; 4096];
-    let length = File::open(path)?.read(&mut bytes)?;
-    Ok(String::from_utf8_lossy(&bytes[..length]).into_owned())
 }
 
 fn since_boot() -> u64 {
