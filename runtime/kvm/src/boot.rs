@@ -44,8 +44,7 @@ fn load_kernel(memory: &Memory, kernel: &File) -> Result<(GuestAddress, u64), Er
     Ok((loaded.kernel_load, loaded.kernel_end))
 }
 
-/// As far up in low memory as it goes, where the kernel does not have to step around it, and leaves nothing behind it that it would
-/// take for good: so the large pages are whole, and go back to the host, once it is unpacked. Address and size.
+/// As far up in low memory as it goes, where the kernel does not have to step around it; address and size.
 fn load_initramfs(memory: &Memory, mut file: &File) -> Result<(u64, u64), Error> {
     let read = |source| Error::Initramfs { source };
     let size = file.seek(SeekFrom::End(0)).map_err(read)?;

@@ -63,7 +63,7 @@ pub(crate) fn verify(file: &mut File, name: &str, wanted: &str, cache: Option<&P
 
 fn checksum(file: &mut File) -> io::Result<String> {
     let mut hash = Sha256::new();
-    // Small enough that the allocator keeps nothing of it.
+    // A MiB would stay in the heap for as long as the process lives.
     let mut buffer = vec![0; 64 << 10];
     loop {
         match file.read(&mut buffer)? {

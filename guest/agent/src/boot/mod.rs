@@ -87,10 +87,11 @@ fn limits() -> Result<(), Error> {
     setrlimit(Resource::RLIMIT_NPROC, RLIM_INFINITY, RLIM_INFINITY).map_err(|e| Error::Limit("processes", e))
 }
 
-/// What every distribution sets and containers count on; and how many free pages a CPU may keep to itself: at most a thousandth of
-/// memory. By the kernel's own choice one CPU alone keeps a fortieth, where no page is ever given back to the host.
+/// What every distribution sets and containers count on.
 fn settings() -> Result<(), Error> {
     for (file, value) in [
+        // That is not one of these: how much of memory a CPU may keep in free lists of its own, from which nothing goes back to the
+        // host. By the kernel's own choice that is 28 MiB of 1 GiB where there is one CPU.
         ("/proc/sys/vm/percpu_pagelist_high_fraction", "1000"),
         ("/proc/sys/kernel/pid_max", "4194304"),
         ("/proc/sys/fs/protected_hardlinks", "1"),
