@@ -131,6 +131,8 @@ pub struct Timeouts {
     pub agent_s: u64,
     /// For output after a process's end.
     pub drain_s: u64,
+    /// For a hook whose spec sets no timeout.
+    pub hook_s: u64,
 }
 
 /// `[qemu]`
@@ -195,7 +197,7 @@ impl Default for Vm {
 
 impl Default for Timeouts {
     fn default() -> Self {
-        Self { boot_s: 30, agent_s: 30, drain_s: 10 }
+        Self { boot_s: 30, agent_s: 30, drain_s: 10, hook_s: 300 }
     }
 }
 
@@ -262,6 +264,27 @@ pub enum Error {
         /// Its value.
         value: String,
     },
+    /// An annotation asks for more than a VM may have.
+    #[error("annotation {ANNOTATION}{key} is {value}, must be at most {bound}: {whose}")]
+    Bound {
+        /// The key.
+        key: &'static str,
+        /// Its value.
+        value: u64,
+        /// The most that it may be.
+        bound: u64,
+        /// Who says so.
+        whose: String,
+    },
+}
+
+/// The size of this host, which bounds VMs unless the configuration does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Host {
+    /// Its processors.
+    pub vcpus: u32,
+    /// Its memory; `None` if it does not say.
+    pub memory_mib: Option<u64>,
 }
 
 impl Config {
@@ -303,7 +326,9 @@ impl Config {
     }
 
     /// Applies a container's annotations; those that are not for us are passed over.
-    pub fn annotate(mut self, annotations: &HashMap<String, String>) -> Result<Self, Error> {
+    ///
+    /// What a VM may have at most binds them too: as they are exact, more than that is an error and not made less.
+    pub fn annotate(mut self, annotations: &HashMap<String, String>, host: Host) -> Result<Self, Error> {
         let mut ours: Vec<_> =
             annotations.iter().filter_map(|(key, value)| Some((key.strip_prefix(ANNOTATION)?, value))).collect();
         ours.sort();
@@ -317,8 +342,16 @@ impl Config {
                         why: "allowed by the configuration's \"annotations\"",
                     });
                 }
-                "vcpus" => self.vm.vcpus = number()?,
-                "memory-mib" => self.vm.memory_mib = number()?.into(),
+                "vcpus" => {
+                    self.vm.vcpus = number()?;
+                    let (most, host) = (u64::from(self.vm.max_vcpus), Some(host.vcpus.into()));
+                    bound("vcpus", self.vm.vcpus.into(), ("max_vcpus", most), ("processors", host))?;
+                }
+                "memory-mib" => {
+                    self.vm.memory_mib = number()?.into();
+                    let most = self.vm.max_memory_mib;
+                    bound("memory-mib", self.vm.memory_mib, ("max_memory_mib", most), ("MiB", host.memory_mib))?;
+                }
                 _ => return Err(Error::Annotation { key: key.into(), why: "known" }),
             }
         }
@@ -342,8 +375,26 @@ impl Config {
         check("timeouts.boot_s", self.timeouts.boot_s, 1, 3600, "from 1 to 3600")?;
         check("timeouts.agent_s", self.timeouts.agent_s, 1, 3600, "from 1 to 3600")?;
         check("timeouts.drain_s", self.timeouts.drain_s, 0, 3600, "at most 3600")?;
+        check("timeouts.hook_s", self.timeouts.hook_s, 1, 86_400, "from 1 to 86400")?;
         check("console.limit_kib", self.console.limit_kib, 4, 1 << 20, "from 4 to 1048576")
     }
+}
+
+/// Refuses what is over the configured bound, or over what the host has if none is configured.
+fn bound(
+    key: &'static str,
+    value: u64,
+    (name, configured): (&str, u64),
+    (unit, has): (&str, Option<u64>),
+) -> Result<(), Error> {
+    let (bound, whose) = match (configured, has) {
+        (0, None) => return Ok(()),
+        (0, Some(has)) => {
+            (has, format!("the host has as many {unit}, and vm.{name} in the configuration sets no other bound"))
+        }
+        (configured, _) => (configured, format!("vm.{name} in the configuration says so")),
+    };
+    if value > bound { Err(Error::Bound { key, value, bound, whose }) } else { Ok(()) }
 }
 
 fn exists(path: &Path) -> Result<bool, Error> {
@@ -404,11 +455,41 @@ mod tests {
     fn annotations_are_applied_where_allowed() {
         let set = |key: &str, value: &str| HashMap::from([(format!("{ANNOTATION}{key}"), value.to_owned())]);
         let config = Config::default();
-        assert_eq!(config.clone().annotate(&set("vcpus", "3")).unwrap().vm.vcpus, 3);
-        assert!(config.clone().annotate(&set("vcpus", "many")).is_err());
-        assert!(config.clone().annotate(&set("colour", "red")).is_err());
+        assert_eq!(config.clone().annotate(&set("vcpus", "3"), HOST).unwrap().vm.vcpus, 3);
+        assert!(config.clone().annotate(&set("vcpus", "many"), HOST).is_err());
+        assert!(config.clone().annotate(&set("colour", "red"), HOST).is_err());
         let strict = Config { annotations: Vec::new(), ..config };
-        assert!(strict.clone().annotate(&set("vcpus", "3")).unwrap_err().to_string().contains("allowed"));
-        assert!(strict.annotate(&HashMap::from([("other/vcpus".into(), "3".into())])).is_ok());
+        assert!(strict.clone().annotate(&set("vcpus", "3"), HOST).unwrap_err().to_string().contains("allowed"));
+        assert!(strict.annotate(&HashMap::from([("other/vcpus".into(), "3".into())]), HOST).is_ok());
+    }
+
+    const HOST: Host = Host { vcpus: 4, memory_mib: Some(8192) };
+
+    #[test]
+    fn annotations_are_bound_by_what_a_vm_may_have() {
+        let ask = |config: &Config, key: &str, value: &str| {
+            let set = HashMap::from([(format!("{ANNOTATION}{key}"), value.to_owned())]);
+            config.clone().annotate(&set, HOST).map_err(|error| error.to_string())
+        };
+        let mut config = Config::default();
+        for (key, most, more) in [("vcpus", "4", "5"), ("memory-mib", "8192", "8193")] {
+            assert!(ask(&config, key, most).is_ok());
+            let said = ask(&config, key, more).unwrap_err();
+            let wanted = format!("annotation io.containerd.vz/{key} is {more}, must be at most {most}: the host has");
+            assert!(said.starts_with(&wanted), "{said}");
+        }
+        // The configuration's word counts before the host's, in both directions.
+        (config.vm.max_vcpus, config.vm.max_memory_mib) = (2, 16_384);
+        assert!(ask(&config, "vcpus", "2").is_ok());
+        let said = ask(&config, "vcpus", "3").unwrap_err();
+        assert_eq!(
+            said,
+            "annotation io.containerd.vz/vcpus is 3, must be at most 2: vm.max_vcpus in the configuration says so"
+        );
+        assert!(ask(&config, "memory-mib", "16384").is_ok());
+        assert!(ask(&config, "memory-mib", "16385").unwrap_err().contains("vm.max_memory_mib"));
+        let unknown = Host { memory_mib: None, ..HOST };
+        let huge = HashMap::from([(format!("{ANNOTATION}memory-mib"), "100000".to_owned())]);
+        assert!(Config::default().annotate(&huge, unknown).is_ok());
     }
 }

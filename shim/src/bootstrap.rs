@@ -16,7 +16,7 @@ use std::{
     os::{fd::OwnedFd, unix::net::UnixListener, unix::process::CommandExt},
     path::{Path, PathBuf},
     process::{Command, ExitCode, Stdio},
-    time::SystemTime,
+    time::{Duration, SystemTime},
 };
 
 use containerd_shim::{Flags, StartOpts, parse};
@@ -26,6 +26,7 @@ use containerd_shim_protos::{
     protobuf::{CodedInputStream, Message, rt::WireType, well_known_types::any::Any},
     types::introspection::{RuntimeInfo, RuntimeVersion},
 };
+use vz_config::Config;
 
 use crate::{
     daemon,
@@ -407,9 +408,13 @@ fn take_away(dir: &Path) -> Result<(), Error> {
     }
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(fail("start runtime for hooks"))?;
+    // This process is where its caller has started it. A configuration that is wrong by now must not keep anything here.
+    let limit = Config::load(None).unwrap_or_default().timeouts.hook_s;
+    let launch = hooks::Launch { surroundings: None, limit: Duration::from_secs(limit) };
     for (id, bundle) in bundles {
-        runtime.block_on(hooks::poststop(&id, &bundle, None));
+        runtime.block_on(hooks::poststop(&id, &bundle, None, &launch));
     }
+    runtime.shutdown_background();
     Ok(())
 }
 

@@ -17,7 +17,7 @@ use crate::{
     hooks::{self, Context},
     io::{self, Guest, Stdio},
     journal::Resource,
-    names::Names,
+    names::{Names, Source},
     network,
     sandbox::{Sandbox, read_spec},
     service::process_request,
@@ -83,11 +83,14 @@ async fn host_side(sandbox: &Arc<Sandbox>, request: &CreateTaskRequest) -> Resul
     }
     sandbox.share.mount_rootfs(&request.id, &request.rootfs, &root)?;
     copyup::settle(&mut plan.guest, &sandbox.share.rootfs(&request.id))?;
+    let mut names = Vec::new();
     for bind in &plan.binds {
-        sandbox.share.bind(bind)?;
+        let bound = sandbox.share.bind(bind)?;
+        if bind.is_name {
+            names.push(Source { path: bind.source.clone(), bound, readonly: bind.readonly });
+        }
     }
-    let names: Vec<_> = plan.binds.iter().filter(|bind| bind.is_name).map(|bind| bind.source.clone()).collect();
-    let names = Names::keep(&names).unwrap_or_else(|error| {
+    let names = Names::keep(names).await.unwrap_or_else(|error| {
         // The host's limit of inotify instances, most likely (fs.inotify.max_user_instances). Writing in place works.
         tracing::warn!(container = request.id, %error, "files that replace hosts, resolv.conf or hostname are not followed");
         None
@@ -104,6 +107,7 @@ async fn host_side(sandbox: &Arc<Sandbox>, request: &CreateTaskRequest) -> Resul
         pid: anchor.pid(),
         annotations,
         hold: Some(Arc::new(hold)),
+        launch: sandbox.hooks.clone(),
     };
     let mut poststop = None;
     if plan.hooks.poststop().as_ref().is_some_and(|hooks| !hooks.is_empty()) {
@@ -139,7 +143,7 @@ async fn host_side(sandbox: &Arc<Sandbox>, request: &CreateTaskRequest) -> Resul
 /// Everything in the guest: streams and the container itself.
 async fn guest_side(sandbox: &Arc<Sandbox>, container: &Container, spec: Vec<u8>) -> Result<(), Error> {
     let id = &container.id;
-    let host = io::open(&container.init.stdio, id, &sandbox.identity.namespace)?;
+    let host = io::open(&container.init.stdio, id, &sandbox.identity.namespace, sandbox.surroundings())?;
     let news = sandbox.network.news(&sandbox.journal).await?;
     let network = news.description()?;
     // Waits until the guest has booted.
@@ -183,7 +187,7 @@ pub async fn poststart(sandbox: &Sandbox, container: &Container) {
 /// Starts an exec process. After a failure nothing of it is left in the guest, and its streams are closed.
 pub async fn start_exec(sandbox: &Arc<Sandbox>, container: &Container, process: &Process) -> Result<(), Error> {
     let started = async {
-        let host = io::open(&process.stdio, &container.id, &sandbox.identity.namespace)?;
+        let host = io::open(&process.stdio, &container.id, &sandbox.identity.namespace, sandbox.surroundings())?;
         let (stdio, guest) = connect_streams(sandbox, &process.stdio).await?;
         let mut spec = process.spec.clone().ok_or_else(|| Error::Invalid("exec has no process".into()))?;
         spec.set_terminal(Some(process.stdio.terminal));
@@ -275,7 +279,7 @@ pub async fn delete(sandbox: &Arc<Sandbox>, container: &Arc<Container>) -> Resul
 
 async fn finish_hooks(sandbox: &Sandbox, container: &Container) {
     let Some(resource) = container.poststop.clone() else { return };
-    hooks::poststop(&container.id, &container.bundle, Some(&sandbox.journal)).await;
+    hooks::poststop(&container.id, &container.bundle, Some(&sandbox.journal), &sandbox.hooks).await;
     if let Err(error) = sandbox.journal.gone(resource) {
         tracing::error!(container = container.id, error = chain(&error), "write journal");
     }

@@ -21,7 +21,10 @@ use containerd_shim_protos::shim_async::create_task;
 use tokio::{net::UnixListener as TokioListener, runtime::Builder};
 use ttrpc::asynchronous::{Server, transport::Listener};
 use vz_config::Config;
-use vz_sys::process::inherited_fd;
+use vz_sys::{
+    process::inherited_fd,
+    surroundings::{Surroundings, raise_own_open_files},
+};
 
 use crate::{
     error::{Error, chain},
@@ -64,7 +67,10 @@ pub fn main(flags: &Flags) -> ExitCode {
     if let Err(error) = std::fs::File::from(report).write_all(READY.as_bytes()) {
         tracing::error!(%error, "report to `start`");
     }
-    runtime.block_on(serve(identity, prepared, listener))
+    let code = runtime.block_on(serve(identity, prepared, listener));
+    // A thread that waits for a file system which hangs is not waited for.
+    runtime.shutdown_background();
+    code
 }
 
 fn refuse(report: OwnedFd, why: &str) -> ExitCode {
@@ -94,10 +100,16 @@ fn prepare(flags: &Flags, identity: &Identity) -> Result<Prepared, Error> {
     }
     let name = format!("{}/{}", identity.namespace, identity.id);
     let stderr = log::init(&identity.bundle, config.log_level.as_str(), &name);
+    let surroundings = Surroundings::current()
+        .map_err(|e| Error::Message { what: "take hold of the host's mount namespace", source: Box::new(e) })?;
+    // Each stream of a process takes descriptors, and the usual soft limit is 1024.
+    if let Err(error) = raise_own_open_files() {
+        tracing::warn!(%error, "limit of open files stays as it is");
+    }
     let journal = Journal::create(&Journal::dir(&identity.namespace, &identity.id))?;
     journal.process(journal::SHIM, nix::unistd::Pid::this().as_raw())?;
     journal.made(Resource::Socket { path: flags.socket.trim_start_matches("unix://").into() })?;
-    sandbox::prepare(identity, config, journal, stderr.as_ref())
+    sandbox::prepare(identity, config, journal, stderr.as_ref(), Arc::new(surroundings))
 }
 
 async fn serve(identity: Identity, prepared: Prepared, listener: UnixListener) -> ExitCode {

@@ -1,4 +1,8 @@
 //! OCI hooks that run on the host (runtime-spec, "POSIX-platform Hooks").
+//!
+//! A hook finds what it finds with runc: the host's mount namespace, its container's bundle as working directory, the limit
+//! of open files that the shim was started with, its own environment, and the container's state on standard input. Of the
+//! sandbox it holds one descriptor, the anchor's channel; a daemon that it leaves behind keeps no mount of ours busy.
 
 use std::{
     fs::File,
@@ -13,12 +17,19 @@ use std::{
 use command_fds::CommandFdExt;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use oci_spec::runtime::{ContainerState, Hook, Spec, StateBuilder};
-use tokio::{io::AsyncWriteExt, process::Command, time::timeout};
+use tokio::{
+    io::AsyncWriteExt,
+    process::Command,
+    time::{Instant, error::Elapsed, timeout, timeout_at},
+};
+use vz_sys::surroundings::Surroundings;
 
 use crate::journal::{self, Journal};
 
 /// Most bytes of a failing hook's stderr that are quoted.
 const QUOTED: u64 = 2048;
+/// How long a hook that is killed may take to be gone.
+const KILL_DEADLINE: Duration = Duration::from_secs(1);
 
 /// Why a hook failed.
 #[derive(Debug, thiserror::Error)]
@@ -46,13 +57,15 @@ pub enum Error {
         stderr: String,
     },
     /// It did not end in time, and was killed.
-    #[error("{point} hook {path}: not done after its timeout of {seconds} s")]
+    #[error("{point} hook {path}: not done after {whose} of {seconds} s")]
     Timeout {
         /// `createRuntime`, ...
         point: &'static str,
         /// The program.
         path: PathBuf,
-        /// Its timeout.
+        /// Its own timeout, or the configured one.
+        whose: &'static str,
+        /// How long that is.
         seconds: u64,
     },
     /// It could not be written down.
@@ -61,6 +74,15 @@ pub enum Error {
     /// The state that hooks are told could not be made.
     #[error("describe container state")]
     State(#[source] oci_spec::OciSpecError),
+}
+
+/// How hooks are run.
+#[derive(Debug, Clone)]
+pub struct Launch {
+    /// The surroundings that this process has left; `None` if it is still in them.
+    pub surroundings: Option<Arc<Surroundings>>,
+    /// How long a hook may take whose spec sets no timeout.
+    pub limit: Duration,
 }
 
 /// What hooks are told about a container.
@@ -76,6 +98,8 @@ pub struct Context {
     pub annotations: std::collections::HashMap<String, String>,
     /// What keeps the anchor, and with it the network namespace, for as long as a hook runs.
     pub hold: Option<Arc<OwnedFd>>,
+    /// How they are run.
+    pub launch: Launch,
 }
 
 /// Runs `hooks` one after the other, each in the journal while it runs; the first that fails ends it.
@@ -92,9 +116,9 @@ pub async fn run(
     Ok(())
 }
 
-/// Runs the poststop hooks of a container's bundle, with its failures logged only, as the runtime spec says. Without a journal where that
-/// has been replayed.
-pub async fn poststop(id: &str, bundle: &Path, journal: Option<&Journal>) {
+/// Runs the poststop hooks of a container's bundle. Failures are logged only, as the runtime spec says. There is no journal
+/// after it has been replayed.
+pub async fn poststop(id: &str, bundle: &Path, journal: Option<&Journal>, launch: &Launch) {
     let spec = match Spec::load(bundle.join("config.json")) {
         Ok(spec) => spec,
         Err(error) => {
@@ -104,7 +128,8 @@ pub async fn poststop(id: &str, bundle: &Path, journal: Option<&Journal>) {
     };
     let Some(hooks) = spec.hooks().as_ref().and_then(|hooks| hooks.poststop().clone()) else { return };
     let annotations = spec.annotations().clone().unwrap_or_default();
-    let context = Context { id: id.to_owned(), bundle: bundle.to_owned(), pid: 0, annotations, hold: None };
+    let (id, bundle, launch) = (id.to_owned(), bundle.to_owned(), launch.clone());
+    let context = Context { id, bundle, pid: 0, annotations, hold: None, launch };
     for hook in &hooks {
         if let Err(error) = one("poststop", hook, &context, ContainerState::Stopped, journal).await {
             tracing::warn!(error = %crate::error::chain(&error), "poststop hook");
@@ -113,16 +138,17 @@ pub async fn poststop(id: &str, bundle: &Path, journal: Option<&Journal>) {
 }
 
 fn state(context: &Context, status: ContainerState) -> Result<Vec<u8>, Error> {
-    let state = StateBuilder::default()
+    let mut state = StateBuilder::default()
         .version("1.2.0")
         .id(context.id.clone())
         .status(status)
-        .pid(context.pid)
         .bundle(context.bundle.clone())
-        .annotations(context.annotations.clone())
-        .build()
-        .map_err(Error::State)?;
-    serde_json::to_vec(&state).map_err(|e| Error::State(e.into()))
+        .annotations(context.annotations.clone());
+    // A stopped container has none, and the member is left out then.
+    if context.pid != 0 {
+        state = state.pid(context.pid);
+    }
+    serde_json::to_vec(&state.build().map_err(Error::State)?).map_err(|e| Error::State(e.into()))
 }
 
 async fn one(
@@ -136,10 +162,15 @@ async fn one(
     let fail = |source| Error::Run { point, path: path.clone(), source };
     let state = state(context, status)?;
     let mut command = Command::new(path);
+    command.current_dir(&context.bundle);
+    if let Some(surroundings) = &context.launch.surroundings {
+        surroundings.surround(command.as_std_mut(), &context.bundle).map_err(fail)?;
+    }
     if let Some((name, args)) = hook.args().as_deref().and_then(<[String]>::split_first) {
         command.arg0(name).args(args);
     }
-    // A file: what it says must not kill it when its shim has died, nor need anybody wait for those that it leaves behind.
+    // A memfd, not a pipe: a hook that outlives the shim must not die of SIGPIPE, and its background children must not keep
+    // us reading.
     let said = memfd_create("hook", MFdFlags::MFD_CLOEXEC).map(File::from).map_err(|e| fail(e.into()))?;
     let stderr = said.try_clone().map_err(fail)?;
     command.env_clear().stdin(Stdio::piped()).stdout(Stdio::null()).stderr(stderr).kill_on_drop(true);
@@ -151,7 +182,17 @@ async fn one(
     if let Some(hold) = &context.hold {
         command.preserved_fds(vec![hold.try_clone().map_err(fail)?]);
     }
-    let mut child = command.spawn().map_err(fail)?;
+    let own = hook.timeout().and_then(|seconds| u64::try_from(seconds).ok()).filter(|seconds| *seconds > 0);
+    let (whose, limit) = match own {
+        Some(seconds) => ("its timeout", Duration::from_secs(seconds)),
+        None => ("the configured timeouts.hook_s", context.launch.limit),
+    };
+    let late = |_: Elapsed| Error::Timeout { point, path: path.clone(), whose, seconds: limit.as_secs() };
+    let deadline = Instant::now() + limit;
+    // On a thread: a program on a file system that hangs keeps its exec waiting.
+    let starting = tokio::task::spawn_blocking(move || command.spawn());
+    let started = timeout_at(deadline, starting).await.map_err(late)?;
+    let mut child = started.map_err(io::Error::other).and_then(|started| started).map_err(fail)?;
     let stdin = child.stdin.take();
     // Before it is told anything: without a state it does nothing.
     let pid = child.id().and_then(|pid| i32::try_from(pid).ok());
@@ -169,14 +210,13 @@ async fn one(
         }
         child.wait().await
     };
-    let ended = match hook.timeout().and_then(|seconds| u64::try_from(seconds).ok()).filter(|seconds| *seconds > 0) {
-        None => Ok(whole.await),
-        Some(seconds) => timeout(Duration::from_secs(seconds), whole).await.map_err(|_| seconds),
-    };
-    if let Some((journal, resource)) = written {
+    let ended = timeout_at(deadline, whole).await;
+    // One that even this does not end stays in the journal, and is dealt with at the sandbox's end.
+    let gone = ended.is_ok() || timeout(KILL_DEADLINE, child.kill()).await.is_ok();
+    if let Some((journal, resource)) = written.filter(|_| gone) {
         journal.gone(resource)?;
     }
-    let status = ended.map_err(|seconds| Error::Timeout { point, path: path.clone(), seconds })?.map_err(fail)?;
+    let status = ended.map_err(late)?.map_err(fail)?;
     if status.success() {
         return Ok(());
     }
@@ -200,37 +240,66 @@ mod tests {
 
     use super::*;
 
-    fn context() -> Context {
+    fn context(bundle: &Path) -> Context {
         Context {
             id: "c1".into(),
-            bundle: "/b/c1".into(),
+            bundle: bundle.to_owned(),
             pid: 42,
             annotations: [("a".into(), "b".into())].into(),
             hold: None,
+            launch: Launch { surroundings: None, limit: Duration::from_secs(1) },
         }
     }
 
-    async fn shell(script: &str, timeout: Option<i64>) -> Result<(), Error> {
+    async fn run_in(context: &Context, script: &str, timeout: Option<i64>) -> Result<(), Error> {
         let hook = json!({ "path": "/bin/sh", "args": ["sh", "-c", script], "env": ["X=y"], "timeout": timeout });
         let hooks = vec![serde_json::from_value(hook).unwrap()];
         let dir = tempfile::tempdir().unwrap();
         let journal = Journal::create(&dir.path().join("ns/c1")).unwrap();
-        run("createRuntime", Some(&hooks), &context(), ContainerState::Created, &journal).await
+        run("createRuntime", Some(&hooks), context, ContainerState::Created, &journal).await
+    }
+
+    async fn shell(script: &str, timeout: Option<i64>) -> Result<(), Error> {
+        run_in(&context(Path::new("/")), script, timeout).await
     }
 
     #[tokio::test]
     async fn a_hook_is_told_the_state_and_gets_its_own_environment() {
         let dir = tempfile::tempdir().unwrap();
-        let said = dir.path().join("said");
-        shell(&format!("cat > {0}; echo $X$HOME >> {0}", said.display()), None).await.unwrap();
-        let said = std::fs::read_to_string(said).unwrap();
-        let (state, env) = said.rsplit_once('}').unwrap();
+        let bundle = dir.path().to_str().unwrap();
+        run_in(&context(dir.path()), "cat > said; echo $X$HOME >> said; pwd >> said", None).await.unwrap();
+        let said = std::fs::read_to_string(dir.path().join("said")).unwrap();
+        let (state, rest) = said.rsplit_once('}').unwrap();
         let state: serde_json::Value = serde_json::from_str(&format!("{state}}}")).unwrap();
-        assert_eq!(
-            state,
-            json!({ "ociVersion": "1.2.0", "id": "c1", "status": "created", "pid": 42, "bundle": "/b/c1", "annotations": { "a": "b" } })
-        );
-        assert_eq!(env.trim(), "y");
+        let mut expected = json!({
+            "ociVersion": "1.2.0", "id": "c1", "status": "created", "pid": 42, "bundle": bundle,
+            "annotations": { "a": "b" },
+        });
+        assert_eq!(state, expected);
+        assert_eq!(rest.trim(), format!("y\n{bundle}"));
+        // Nothing of a process that is gone.
+        let stopped = Context { pid: 0, ..context(dir.path()) };
+        let stopped: serde_json::Value =
+            serde_json::from_slice(&super::state(&stopped, ContainerState::Stopped).unwrap()).unwrap();
+        expected["status"] = "stopped".into();
+        expected.as_object_mut().unwrap().remove("pid");
+        assert_eq!(stopped, expected);
+    }
+
+    #[tokio::test]
+    async fn a_hook_is_where_the_shim_was() {
+        if !nix::unistd::geteuid().is_root() {
+            println!("skipped: not root");
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let surroundings = Some(Arc::new(Surroundings::current().unwrap()));
+        let launch = Launch { surroundings, limit: Duration::from_secs(10) };
+        let context = Context { launch, ..context(dir.path()) };
+        run_in(&context, "readlink /proc/self/ns/mnt > said; pwd >> said", None).await.unwrap();
+        let said = std::fs::read_to_string(dir.path().join("said")).unwrap();
+        let mounts = std::fs::read_link("/proc/self/ns/mnt").unwrap();
+        assert_eq!(said, format!("{}\n{}\n", mounts.display(), dir.path().display()));
     }
 
     #[tokio::test]
@@ -250,6 +319,15 @@ mod tests {
     #[tokio::test]
     async fn a_hook_that_hangs_is_ended_at_its_timeout() {
         let error = shell("exec sleep 1000", Some(1)).await.unwrap_err();
-        assert!(matches!(error, Error::Timeout { seconds: 1, .. }));
+        assert!(matches!(error, Error::Timeout { whose: "its timeout", seconds: 1, .. }));
+    }
+
+    #[tokio::test]
+    async fn a_hook_without_a_timeout_has_the_configured_one() {
+        for timeout in [None, Some(0)] {
+            let error = shell("exec sleep 1000", timeout).await.unwrap_err();
+            let said = error.to_string();
+            assert!(said.ends_with("not done after the configured timeouts.hook_s of 1 s"), "{said}");
+        }
     }
 }

@@ -21,6 +21,7 @@ use tokio::{
     net::{UnixStream, unix::pipe},
     task::JoinHandle,
 };
+use vz_sys::surroundings::Surroundings;
 
 use crate::logger::{self, Logger};
 
@@ -123,14 +124,14 @@ impl Stdio {
     }
 }
 
-/// Opens containerd's side. `id` and `namespace` are told to a logging program.
-pub fn open(stdio: &Stdio, id: &str, namespace: &str) -> Result<Host, Error> {
+/// Opens containerd's side. `id` and `namespace` are told to a logging program, which starts in `surroundings`.
+pub fn open(stdio: &Stdio, id: &str, namespace: &str, surroundings: Option<&Surroundings>) -> Result<Host, Error> {
     let stdin = if stdio.stdin.is_empty() { None } else { Some(open_stdin(&stdio.stdin)?) };
     let mut host = Host { stdin, stdout: None, stderr: None, logger: None };
     let (scheme, path) = split(&stdio.stdout);
     if scheme == "binary" {
         let want_stderr = !stdio.stderr.is_empty() && !stdio.terminal;
-        let (logger, stdout, stderr) = Logger::start(&stdio.stdout, path, id, namespace)?;
+        let (logger, stdout, stderr) = Logger::start(&stdio.stdout, path, id, namespace, surroundings)?;
         let sink =
             |fd: OwnedFd, stream| pipe::Sender::from_owned_fd(fd).map(Sink::Fifo).map_err(open_error(stream, path));
         host.stdout = Some(sink(stdout, "stdout")?);
@@ -400,7 +401,7 @@ mod tests {
         let path = dir.path().join("out");
         mkfifo(&path, Mode::S_IRWXU).unwrap();
         let uri = path.to_str().unwrap().to_owned();
-        let host = open(&Stdio { stdout: uri, ..Default::default() }, "c1", "ns").unwrap();
+        let host = open(&Stdio { stdout: uri, ..Default::default() }, "c1", "ns", None).unwrap();
         let mut reader = pipe::OpenOptions::new().open_receiver(&path).unwrap();
         let (ours, mut guest) = UnixStream::pair().unwrap();
         let copies = host.connect(Guest { stdout: Some(ours), ..Default::default() }, false);
@@ -425,7 +426,7 @@ mod tests {
         let (input, mut typed) = io::pipe().unwrap();
         let uri = |fd: &dyn std::os::fd::AsRawFd| format!("pipe:///proc/{}/fd/{}", std::process::id(), fd.as_raw_fd());
         let stdio = Stdio { stdin: uri(&input), stdout: uri(&write), ..Default::default() };
-        let host = open(&stdio, "c1", "ns").unwrap();
+        let host = open(&stdio, "c1", "ns", None).unwrap();
         drop((input, write));
         let (ours, mut process_in) = UnixStream::pair().unwrap();
         let (theirs, mut process_out) = UnixStream::pair().unwrap();
@@ -449,7 +450,7 @@ mod tests {
         let path = dir.path().join("in");
         mkfifo(&path, Mode::S_IRWXU).unwrap();
         let uri = path.to_str().unwrap().to_owned();
-        let host = open(&Stdio { stdin: uri, ..Default::default() }, "c1", "ns").unwrap();
+        let host = open(&Stdio { stdin: uri, ..Default::default() }, "c1", "ns", None).unwrap();
         let (ours, mut guest) = UnixStream::pair().unwrap();
         let copies = host.connect(Guest { stdin: Some(ours), ..Default::default() }, false);
         let mut client = pipe::OpenOptions::new().open_sender(&path).unwrap();
@@ -464,6 +465,6 @@ mod tests {
     #[test]
     fn an_unknown_scheme_is_named() {
         let stdio = Stdio { stdout: "ttrpc+unix:///x".into(), ..Default::default() };
-        assert!(open(&stdio, "c1", "ns").unwrap_err().to_string().contains("ttrpc+unix"));
+        assert!(open(&stdio, "c1", "ns", None).unwrap_err().to_string().contains("ttrpc+unix"));
     }
 }

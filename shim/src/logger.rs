@@ -14,7 +14,10 @@ use nix::{
     sys::signal::Signal,
 };
 use tokio::io::unix::AsyncFd;
-use vz_sys::process::{Command, Process};
+use vz_sys::{
+    process::{Command, Process, Steps},
+    surroundings::Surroundings,
+};
 
 use crate::io::{logger_pipe, null, query};
 
@@ -48,7 +51,14 @@ pub struct Logger {
 
 impl Logger {
     /// Starts the program of `uri`, and waits until it is ready. Returns it with the ends to write stdout and stderr to.
-    pub fn start(uri: &str, path: &str, id: &str, namespace: &str) -> Result<(Self, OwnedFd, OwnedFd), Error> {
+    /// It runs in `surroundings`, so that it keeps no mount of the sandbox busy.
+    pub fn start(
+        uri: &str,
+        path: &str,
+        id: &str,
+        namespace: &str,
+        surroundings: Option<&Surroundings>,
+    ) -> Result<(Self, OwnedFd, OwnedFd), Error> {
         let fail = |source| Error::Start { path: path.into(), source };
         let text = |text: &str| CString::new(text).map_err(|e| fail(e.into()));
         let mut args = vec![text(path)?];
@@ -80,7 +90,7 @@ impl Logger {
             // It ends with its input, after it has written everything.
             outlives_parent: true,
         }
-        .spawn()
+        .spawn_with(Steps { surroundings, ..Steps::default() })
         .map_err(fail)?;
         drop((out_read, err_read, ready_write));
         // A byte, or the end of file of a program that closes what it does not know.

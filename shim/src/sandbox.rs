@@ -17,10 +17,11 @@ use tokio::sync::{Notify, Semaphore, mpsc};
 use vz_config::Config;
 use vz_linux::{Bundle, KernelProfile};
 use vz_machine::{
-    control::{BootConfig, Cause, Ended, MachineChoice},
-    verdict::Host,
+    control::{BootConfig, Cause, Ended, MachineChoice, MachineKind},
+    verdict::{self, Consequence, Host},
 };
 use vz_proto::{CONTROL_PORT, Event, LOG_PORT, SHARE_TAG, event};
+use vz_sys::surroundings::Surroundings;
 
 use crate::{
     agent::{self, Agent},
@@ -57,6 +58,7 @@ pub struct Prepared {
     cgroup: Option<Cgroup>,
     vmm: Started,
     config: Config,
+    hooks: hooks::Launch,
     agent_version: String,
     begun: Instant,
 }
@@ -93,6 +95,8 @@ pub struct Sandbox {
     pub vmm: Vmm,
     /// Its guest's agent.
     pub agent: Agent,
+    /// How its hooks are run.
+    pub hooks: hooks::Launch,
     /// Where its events go.
     pub publisher: Publisher,
     /// Notified once when the shim is to exit.
@@ -101,6 +105,8 @@ pub struct Sandbox {
     begun: Instant,
     /// Whether the VM's end is our own doing.
     ending: AtomicBool,
+    /// Whether the VM is on the KVM machine, once it is launched.
+    on_kvm: AtomicBool,
     /// For lines about what the guest should not do.
     complaints: Limit,
     /// For what the guest wants to have logged.
@@ -122,10 +128,11 @@ pub fn prepare(
     config: Config,
     journal: Journal,
     stderr: Option<&File>,
+    surroundings: Arc<Surroundings>,
 ) -> Result<Prepared, Error> {
     let begun = Instant::now();
     let spec = read_spec(&identity.bundle)?;
-    let config = config.annotate(&spec::annotations(&spec))?;
+    let config = config.annotate(&spec::annotations(&spec), host())?;
     let profile = match config.linux_profile {
         vz_config::LinuxProfile::Container => KernelProfile::Container,
         vz_config::LinuxProfile::Developer => KernelProfile::Developer,
@@ -169,15 +176,17 @@ pub fn prepare(
     let vmm = vmm::start(boot, &files, &place, stderr)?;
     journal.process("vmm", vmm.pid())?;
     let agent_version = version.agent_version;
-    Ok(Prepared { journal, share, network, disks: found, cgroup, vmm, config, agent_version, begun })
+    let limit = Duration::from_secs(config.timeouts.hook_s);
+    let hooks = hooks::Launch { surroundings: Some(surroundings), limit };
+    Ok(Prepared { journal, share, network, disks: found, cgroup, vmm, config, hooks, agent_version, begun })
 }
 
 /// vCPUs and MiB for a container with this spec: its limits (memory plus the guest's own need), or the configured
 /// size, within the configured bounds.
 fn size(config: &Config, spec: &Spec) -> (u32, u64) {
     let (cpus, memory) = spec::limits(spec);
-    let host_cpus = std::thread::available_parallelism().map_or(1, |n| u32::try_from(n.get()).unwrap_or(u32::MAX));
-    let most_cpus = if config.vm.max_vcpus == 0 { host_cpus } else { config.vm.max_vcpus };
+    let host = host();
+    let most_cpus = if config.vm.max_vcpus == 0 { host.vcpus } else { config.vm.max_vcpus };
     let annotated = spec::annotations(spec);
     let set = |key: &str| annotated.contains_key(&format!("{}{key}", vz_config::ANNOTATION));
     let vcpus = match cpus {
@@ -188,7 +197,7 @@ fn size(config: &Config, spec: &Spec) -> (u32, u64) {
         Some(limit) if !set("memory-mib") => limit.div_ceil(1 << 20).saturating_add(config.vm.memory_base_mib),
         _ => config.vm.memory_mib,
     };
-    let most = if config.vm.max_memory_mib == 0 { host_memory_mib() } else { Some(config.vm.max_memory_mib) };
+    let most = if config.vm.max_memory_mib == 0 { host.memory_mib } else { Some(config.vm.max_memory_mib) };
     if let Some(most) = most {
         mib = mib.min(most);
     }
@@ -205,9 +214,11 @@ fn own_cpu_us() -> i64 {
         .map_or(0, |usage| usage.user_time().num_microseconds() + usage.system_time().num_microseconds())
 }
 
-fn host_memory_mib() -> Option<u64> {
-    let info = nix::sys::sysinfo::sysinfo().ok()?;
-    Some(info.ram_total() >> 20)
+/// The size of this host.
+fn host() -> vz_config::Host {
+    let vcpus = std::thread::available_parallelism().map_or(1, |n| u32::try_from(n.get()).unwrap_or(u32::MAX));
+    let memory_mib = nix::sys::sysinfo::sysinfo().ok().map(|info| info.ram_total() >> 20);
+    vz_config::Host { vcpus, memory_mib }
 }
 
 impl Prepared {
@@ -224,11 +235,13 @@ impl Prepared {
             network: self.network,
             disks: self.disks,
             cgroup: self.cgroup,
+            hooks: self.hooks,
             publisher,
             shutdown: Notify::new(),
             agent_version: self.agent_version,
             begun: self.begun,
             ending: AtomicBool::new(false),
+            on_kvm: AtomicBool::new(false),
             complaints: Limit::new(COMPLAINTS),
             records: Limit::new(agent::LOG_RATE),
             containers: Mutex::default(),
@@ -250,6 +263,11 @@ impl Sandbox {
     /// A container.
     pub fn container(&self, id: &str) -> Result<Arc<Container>, Error> {
         self.containers().get(id).cloned().flatten().ok_or_else(|| Error::NotFound { what: "container", id: id.into() })
+    }
+
+    /// The surroundings that the shim has left, for what runs on the host on its owner's behalf.
+    pub fn surroundings(&self) -> Option<&Surroundings> {
+        self.hooks.surroundings.as_deref()
     }
 
     /// The disks that are a container's: all are the first one's.
@@ -306,6 +324,7 @@ impl Sandbox {
         while let Some(notice) = notices.recv().await {
             match notice {
                 Notice::Launched { machine, cpu_us } => {
+                    self.on_kvm.store(machine == MachineKind::Kvm, Ordering::Relaxed);
                     let own_cpu_us = own_cpu_us();
                     tracing::info!(?machine, at_ms = self.elapsed_ms(), cpu_us, own_cpu_us, "vm is launched");
                 }
@@ -353,6 +372,9 @@ impl Sandbox {
             return;
         }
         tracing::info!(at_ms = self.elapsed_ms(), "sandbox is ready");
+        if self.on_kvm.load(Ordering::Relaxed) {
+            verdict::came_up();
+        }
         let sandbox = self.clone();
         if let Err(error) = self.agent.events(move |event| sandbox.clone().event(event)).await
             && !self.ending.load(Ordering::Relaxed)
@@ -436,7 +458,10 @@ impl Sandbox {
         if let Ok(ended) = &ended
             && ended.cause == Cause::Kvm
         {
-            Host::this().mark_unusable(&ended.message);
+            match Host::this().failed_early(&ended.message, self.begun.elapsed()) {
+                Consequence::TryAgain => tracing::warn!("the next vm tries KVM once more"),
+                Consequence::Unusable => tracing::error!("KVM has failed twice: `auto` does not use it any more"),
+            }
         }
         match ended.ok().map(|ended| ended.cause) {
             _ if self.ending.load(Ordering::Relaxed) => tracing::debug!("vm has ended"),
@@ -477,7 +502,7 @@ impl Sandbox {
             tracing::error!(error = chain(&error), "clean up");
         }
         for (id, bundle) in bundles {
-            hooks::poststop(&id, &bundle, None).await;
+            hooks::poststop(&id, &bundle, None, &self.hooks).await;
         }
     }
 }

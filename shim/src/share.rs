@@ -7,7 +7,10 @@
 use std::{
     fs::{self, DirBuilder, File},
     io,
-    os::{fd::AsFd, unix::fs::DirBuilderExt},
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::fs::DirBuilderExt,
+    },
     path::{Path, PathBuf},
 };
 
@@ -90,7 +93,7 @@ impl Share {
         let target = self.rootfs(container);
         DirBuilder::new().recursive(true).mode(0o755).create(&target).map_err(at("make", &target))?;
         if mounts.is_empty() {
-            return self.attach(fallback, &target, false, true);
+            return self.attach(fallback, &target, false, true).map(drop);
         }
         for mount in mounts {
             let target = if mount.target.is_empty() {
@@ -113,8 +116,8 @@ impl Share {
         Ok(())
     }
 
-    /// Binds a volume.
-    pub fn bind(&self, bind: &Bind) -> Result<(), Error> {
+    /// Binds a volume. Returns the root of what was bound, which it stays whatever becomes of its names on the host.
+    pub fn bind(&self, bind: &Bind) -> Result<OwnedFd, Error> {
         let target = self.root.join(&bind.name);
         let is_dir = fs::metadata(&bind.source).map_err(at("look at", &bind.source))?.is_dir();
         if is_dir {
@@ -125,7 +128,7 @@ impl Share {
         self.attach(&bind.source, &target, bind.readonly, bind.recursive)
     }
 
-    fn attach(&self, source: &Path, target: &Path, readonly: bool, recursive: bool) -> Result<(), Error> {
+    fn attach(&self, source: &Path, target: &Path, readonly: bool, recursive: bool) -> Result<OwnedFd, Error> {
         // The link, if it is one, is followed here, once, on the host.
         let source = fs::canonicalize(source).map_err(at("resolve", source))?;
         let tree = sys::clone_tree(&source, recursive).map_err(at("bind", &source))?;
@@ -136,7 +139,8 @@ impl Share {
         if readonly {
             sys::set_attributes(tree.as_fd(), libc::MOUNT_ATTR_RDONLY, false).map_err(at("set ro on", &source))?;
         }
-        sys::attach(tree.as_fd(), target).map_err(at("attach", target))
+        sys::attach(tree.as_fd(), target).map_err(at("attach", target))?;
+        Ok(tree)
     }
 
     /// Takes a container's mounts away, the last first. Nothing of a file system is removed.

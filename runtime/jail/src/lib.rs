@@ -24,7 +24,7 @@ mod process;
 mod syscalls;
 
 pub use filter::Denied;
-pub use process::{OPEN_FILES, enter_root, prepare, restrict};
+pub use process::{NO_CORE, OPEN_FILES, enter_root, prepare, restrict};
 
 /// What a thread does, and thereby what it may.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

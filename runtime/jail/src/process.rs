@@ -3,6 +3,7 @@
 use std::{fs::File, io, os::unix::fs::OpenOptionsExt, path::Path};
 
 use nix::{
+    errno::Errno,
     mount::{MntFlags, MsFlags, mount, umount2},
     sched::{CloneFlags, unshare},
     sys::{
@@ -18,14 +19,24 @@ use crate::{Denied, Error, capabilities, filter};
 /// Open files that are asked for, each file that the guest knows takes one; a user namespace cannot raise the limit itself.
 pub const OPEN_FILES: u64 = 1 << 20;
 
+/// The limit of core dumps that forbids them, in files and for programs. A user namespace cannot raise it from 0 itself.
+pub const NO_CORE: u64 = 1;
+
 fn failed<E: Into<io::Error>>(operation: &'static str) -> impl FnOnce(E) -> Error {
     move |source| Error::System { operation, source: source.into() }
 }
 
 /// Gives up what can be given up before anything else happens. Tells how many files can be open.
 pub fn prepare() -> Result<u64, Error> {
-    // Guest memory, and with it secrets of containers, is in this process.
-    setrlimit(Resource::RLIMIT_CORE, 0, 0).map_err(failed("limit core dumps"))?;
+    // Guest memory, and with it secrets of containers, is in this process. The limit is 1 byte and not 0: where the host has
+    // a program that takes dumps (core_pattern with a pipe), 0 does not count and 1 means none: fs/coredump.c. Not being
+    // dumpable is not enough, since a thread that acts as another user sets that to the host's fs.suid_dumpable.
+    let none = match setrlimit(Resource::RLIMIT_CORE, NO_CORE, NO_CORE) {
+        // Whoever started us had a lower one, and could not raise it either.
+        Err(Errno::EPERM) => setrlimit(Resource::RLIMIT_CORE, 0, 0),
+        other => other,
+    };
+    none.map_err(failed("limit core dumps"))?;
     prctl::set_dumpable(false).map_err(failed("forbid ptrace"))?;
     umask(Mode::from_bits_truncate(0o077));
     // Not a directory of somebody else's, which it would keep busy.

@@ -62,6 +62,9 @@ const ATTEMPTS: &[(&str, Attempt, bool)] = &[
     ("set the clock", || call(libc::SYS_clock_settime, [0, 0, 0, 0, 0]), false),
     ("reboot", || call(libc::SYS_reboot, [0, 0, 0, 0, 0]), false),
     ("open by handle", || call(libc::SYS_open_by_handle_at, [at_cwd(), 0, 0, 0, 0]), false),
+    ("connect a descriptor to an interrupt", || call(libc::SYS_ioctl, [0, 0x4020_ae76, 0, 0, 0]), false),
+    ("connect a descriptor to a register", || call(libc::SYS_ioctl, [0, 0x4040_ae79, 0, 0, 0]), false),
+    ("read a processor's special registers", || call(libc::SYS_ioctl, [0, 0xc008_ae88, 0, 0, 0]), false),
     ("make a console type", || call(libc::SYS_ioctl, [0, libc::TIOCSTI.cast_signed(), 0, 0, 0]), false),
     (
         "map executable memory",

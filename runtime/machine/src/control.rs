@@ -83,7 +83,7 @@ pub enum Cause {
     /// The machine itself failed or was killed.
     Machine,
     /// KVM failed before the agent connected, which is to say that this host's KVM cannot run our guest. The shim then
-    /// marks the host, see [`crate::verdict::Host::mark_unusable`].
+    /// marks the host, see [`crate::verdict::Host::failed_early`].
     Kvm,
     /// [`Request::Kill`], or the shim died.
     Killed,

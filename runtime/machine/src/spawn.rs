@@ -15,7 +15,7 @@ use std::{
 use nix::{sched::CloneFlags, unistd::Pid};
 use vz_sys::{
     channel::Channel,
-    process::{Command, Process, Steps, raise_open_files},
+    process::{Command, Process, Steps, limit_core, raise_open_files},
 };
 
 use crate::control::{self, BootConfig, CONTROL_FD, Request};
@@ -85,11 +85,12 @@ impl Spawn<'_> {
             outlives_parent: false,
         };
         let admit = |pid| {
-            // From in there the limit could not be raised.
+            // From in there the limits could not be raised.
             raise_open_files(pid, vz_jail::OPEN_FILES)?;
+            limit_core(pid, vz_jail::NO_CORE)?;
             (self.admit)(pid)
         };
-        let process = command.spawn_with(Steps { parent: Some(&admit), child: None })?;
+        let process = command.spawn_with(Steps { parent: Some(&admit), ..Steps::default() })?;
         Ok((ours, process))
     }
 }

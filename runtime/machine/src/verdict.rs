@@ -26,6 +26,8 @@ use vz_probe::{Kvm, Speed, Unusable};
 /// Directory of what is known until the next boot. A namespace of containerd has no name with a dot in front.
 const DIR: &str = "/run/vz";
 const FILE: &str = ".kvm.json";
+/// A VM's early end of KVM, after which no VM has come up.
+const FAILURE: &str = ".kvm-failure.json";
 const SCHEMA: u32 = 1;
 /// How long a finding holds that may have been the moment's: long enough that a host on which probes never end does not
 /// pay for one at every start.
@@ -80,6 +82,38 @@ struct Remembered {
     at: u64,
 }
 
+/// An early end of a VM that KVM is to blame for.
+#[derive(Debug, Serialize, Deserialize)]
+struct Failure {
+    key: Key,
+    message: String,
+    /// Milliseconds since boot.
+    at_ms: u64,
+}
+
+/// What follows from an early end of a VM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Consequence {
+    /// The next VM tries KVM once more.
+    TryAgain,
+    /// `auto` does not use KVM any more.
+    Unusable,
+}
+
+/// A VM has come up on KVM: an earlier VM's failure was its own.
+pub fn came_up() {
+    forget_failure(Path::new(DIR));
+}
+
+fn forget_failure(dir: &Path) {
+    match fs::remove_file(dir.join(FAILURE)) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            tracing::warn!(%error, dir = %dir.display(), "failure of KVM is not forgotten");
+        }
+        _ => {}
+    }
+}
+
 impl Host {
     /// This host as it is now.
     pub fn this() -> Self {
@@ -115,14 +149,38 @@ impl Host {
         }
     }
 
-    /// Has `auto` not use KVM any more until the next boot or `vz check --probe`: it failed, and `message` says how.
+    /// A VM on KVM that has run for this long has ended early, and `message` says how.
+    ///
+    /// One failure may be the moment's: it is noted, and the next VM tries KVM again. If that fails too, with no VM that has
+    /// [come up](came_up) in between, `auto` does not use KVM any more until the next boot or `vz check --probe`. VMs that
+    /// were started before the first failure do not count, whatever broke may have hit them all.
     ///
     /// Only for a VM whose agent has never connected: until then it ran programs that were verified, and what it made of
     /// KVM is KVM's doing. After that whoever is in the guest could bring such a failure about, and with this would slow
     /// down everybody else's containers on the host.
-    pub fn mark_unusable(&self, message: &str) {
+    pub fn failed_early(&self, message: &str, ran: Duration) -> Consequence {
         let _lock = self.lock();
-        self.remember(&Err(Unusable::Boot { message: message.to_owned() }));
+        let now = ms_since_boot();
+        match self.failure() {
+            Some(first) if first.at_ms <= now.saturating_sub(ms(ran)) => {
+                self.remember(&Err(Unusable::Boot { message: message.to_owned() }));
+                forget_failure(&self.dir);
+                return Consequence::Unusable;
+            }
+            Some(_) => {}
+            None => {
+                let failure = Failure { key: self.key.clone(), message: message.to_owned(), at_ms: now };
+                if let Err(error) = self.write(FAILURE, &failure) {
+                    tracing::warn!(%error, dir = %self.dir.display(), "failure of KVM is not remembered");
+                }
+            }
+        }
+        Consequence::TryAgain
+    }
+
+    fn failure(&self) -> Option<Failure> {
+        let text = fs::read(self.dir.join(FAILURE)).ok()?;
+        serde_json::from_slice(&text).ok().filter(|found: &Failure| found.key == self.key)
     }
 
     fn probe_and_remember(&self, kvm: &Kvm) -> Verdict {
@@ -157,18 +215,18 @@ impl Host {
 
     fn remember(&self, kvm: &Result<Speed, Unusable>) {
         let remembered = Remembered { schema: SCHEMA, key: self.key.clone(), kvm: kvm.clone(), at: since_boot() };
-        if let Err(error) = self.write(&remembered) {
+        if let Err(error) = self.write(FILE, &remembered) {
             tracing::warn!(%error, dir = %self.dir.display(), "verdict on KVM is not remembered");
         }
     }
 
-    fn write(&self, remembered: &Remembered) -> io::Result<()> {
+    fn write(&self, name: &str, content: &impl Serialize) -> io::Result<()> {
         self.make_dir()?;
-        let mut file = tempfile::Builder::new().prefix(FILE).tempfile_in(&self.dir)?;
-        file.write_all(&serde_json::to_vec(remembered)?)?;
+        let mut file = tempfile::Builder::new().prefix(name).tempfile_in(&self.dir)?;
+        file.write_all(&serde_json::to_vec(content)?)?;
         // Whoever asks `vz check` may read it.
         file.as_file().set_permissions(fs::Permissions::from_mode(0o644))?;
-        file.persist(self.dir.join(FILE))?;
+        file.persist(self.dir.join(name))?;
         Ok(())
     }
 }
@@ -214,7 +272,15 @@ fn describe(module: &Path) -> String {
 }
 
 fn since_boot() -> u64 {
-    clock_gettime(ClockId::CLOCK_BOOTTIME).map(Duration::from).unwrap_or_default().as_secs()
+    ms_since_boot() / 1000
+}
+
+fn ms_since_boot() -> u64 {
+    ms(clock_gettime(ClockId::CLOCK_BOOTTIME).map(Duration::from).unwrap_or_default())
+}
+
+fn ms(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]
@@ -285,7 +351,7 @@ mod tests {
         let late = Err(Unusable::Deadline { ms: 700 });
         let remember = |age: u64, kvm: &Result<Speed, Unusable>| {
             let at = since_boot().saturating_sub(age);
-            host.write(&Remembered { schema: SCHEMA, key: host.key.clone(), kvm: kvm.clone(), at }).unwrap();
+            host.write(FILE, &Remembered { schema: SCHEMA, key: host.key.clone(), kvm: kvm.clone(), at }).unwrap();
         };
         remember(0, &late);
         assert_eq!(host.recall(), Some(late.clone()));
@@ -296,12 +362,28 @@ mod tests {
     }
 
     #[test]
-    fn a_host_that_was_marked_stays_so_until_it_is_probed() {
+    fn the_second_early_failure_in_a_row_marks_the_host() {
+        const SHORT: Duration = Duration::ZERO;
         let dir = tempfile::tempdir().unwrap();
         let host = host(dir.path(), "boot1");
+        let works = Some(Ok(Speed { loop_ps: 300 }));
         host.remember(&Ok(Speed { loop_ps: 300 }));
-        host.mark_unusable("internal error 1");
-        assert_eq!(host.recall(), Some(Err(Unusable::Boot { message: "internal error 1".into() })));
+        assert_eq!(host.failed_early("internal error 1", SHORT), Consequence::TryAgain);
+        assert_eq!(host.recall(), works);
+        // Another one that was on its way at the time of the first is no second try.
+        assert_eq!(host.failed_early("internal error 2", Duration::from_secs(60)), Consequence::TryAgain);
+        // One that has come up clears the host.
+        forget_failure(&host.dir);
+        assert_eq!(host.failed_early("internal error 3", SHORT), Consequence::TryAgain);
+        assert_eq!(host.recall(), works);
+        assert_eq!(host.failed_early("internal error 4", SHORT), Consequence::Unusable);
+        assert_eq!(host.recall(), Some(Err(Unusable::Boot { message: "internal error 4".into() })));
+        // Probed again, it starts anew.
+        host.remember(&Ok(Speed { loop_ps: 300 }));
+        assert_eq!(host.failed_early("internal error 5", SHORT), Consequence::TryAgain);
+        // What has failed before the host was booted again is not the same.
+        let booted = Host { key: key("boot2"), ..self::host(dir.path(), "boot2") };
+        assert_eq!(booted.failed_early("internal error 6", SHORT), Consequence::TryAgain);
     }
 
     #[test]

@@ -100,8 +100,26 @@ struct Card {
     tap: u32,
     /// The TAP device's name.
     name: String,
-    /// The link that it is wired to: index and name.
+    /// The link that it is wired to in both directions: index and name.
     link: Option<(u32, String)>,
+    /// Links and TAP devices with a redirection of a wiring that failed or whose link has gone. It must be taken away before
+    /// the card can be wired again.
+    stale: Vec<(u32, String)>,
+}
+
+impl Card {
+    fn is_free(&self) -> bool {
+        self.link.is_none() && self.stale.is_empty()
+    }
+
+    /// Takes stale redirections away; what could not be taken stays on the list.
+    fn clean(&mut self, netlink: &mut Netlink) -> Result<(), Error> {
+        while let Some((index, name)) = self.stale.last() {
+            redirect::undo(netlink, *index).map_err(|source| Error::Redirect { name: name.clone(), source })?;
+            self.stale.pop();
+        }
+        Ok(())
+    }
 }
 
 /// A sandbox's network on the host.
@@ -167,13 +185,16 @@ impl Wiring {
             message.attributes.push(LinkAttribute::AfSpecUnspec(vec![AfSpecUnspec::Inet6(vec![mode])]));
             set_flags(&mut message, LinkFlags::Noarp, LinkFlags::Noarp);
             self.set(&name, message)?;
-            self.cards.push(Card { mac, tap: tap.index, name, link: None });
+            self.cards.push(Card { mac, tap: tap.index, name, link: None, stale: Vec::new() });
             taps.push(Tap { mac, queues });
         }
         Ok(taps)
     }
 
     /// Wires links that have appeared to cards, takes cards from links that have gone, and describes what there is now.
+    ///
+    /// A link is wired in both directions or in none. What could not be undone of a failed attempt is undone first, and then
+    /// the link is tried again.
     ///
     /// `before` is told of a link, by index and name, that is about to be wired, and can keep it from that. The first link
     /// that cannot be wired, and why, comes with the description, in which it is not.
@@ -182,19 +203,21 @@ impl Wiring {
         mut before: impl FnMut(u32, &str) -> Result<(), E>,
     ) -> Result<(Network, Option<E>), E> {
         let found = describe::links(&mut self.netlink).map_err(Error::from)?;
+        let mut refused = None;
         for card in &mut self.cards {
             if let Some((index, _)) = &card.link
                 && !found.iter().any(|link| link.index == *index)
             {
                 // Its qdisc has gone with it.
                 card.link = None;
-                redirect::undo(&mut self.netlink, card.tap)
-                    .map_err(|source| Error::Redirect { name: card.name.clone(), source })?;
+                card.stale.push((card.tap, card.name.clone()));
+            }
+            if let Err(error) = card.clean(&mut self.netlink) {
+                refused = refused.or(Some(error.into()));
             }
         }
         let mut network = Network::default();
         let mut names = Vec::new();
-        let mut refused = None;
         for link in wanted(found) {
             let wired = can_be_wired(&link).map_err(E::from).and_then(|mac| {
                 let card = match self.card_of(&link) {
@@ -227,7 +250,7 @@ impl Wiring {
 
     fn wire(&mut self, link: &Found) -> Result<Mac, Error> {
         let cards = self.cards.len();
-        let free = self.cards.iter().position(|card| card.link.is_none());
+        let free = self.cards.iter().position(Card::is_free);
         let Some(card) = free.and_then(|at| self.cards.get_mut(at)) else {
             return Err(Error::Cards { name: link.name.clone(), cards });
         };
@@ -240,19 +263,29 @@ impl Wiring {
             .change(RouteNetlinkMessage::SetLink(message))
             .map_err(|source| Error::Set { name: card.name.clone(), source })?;
         redirect::redirect(&mut self.netlink, link.index, card.tap).map_err(failed)?;
+        if let Err(error) = redirect::redirect(&mut self.netlink, card.tap, link.index) {
+            card.stale.push((link.index, link.name.clone()));
+            if let Err(error) = card.clean(&mut self.netlink) {
+                tracing::warn!(error = vz_sys::error::chain(&error), "half of a wiring stays until the next look");
+            }
+            return Err(failed(error));
+        }
         card.link = Some((link.index, link.name.clone()));
-        redirect::redirect(&mut self.netlink, card.tap, link.index).map_err(failed)?;
         Ok(card.mac)
     }
 
     /// Takes the redirections from the links, whose indices and names are returned. The TAP devices are the machine's.
     pub fn undo(&mut self) -> Result<Vec<(u32, String)>, Error> {
-        let links: Vec<_> = self.cards.iter_mut().filter_map(|card| card.link.take()).collect();
-        for (index, name) in &links {
-            redirect::undo(&mut self.netlink, *index)
-                .map_err(|source| Error::Redirect { name: name.clone(), source })?;
+        let mut links = Vec::new();
+        let mut failed = None;
+        for card in &mut self.cards {
+            links.extend(card.link.clone());
+            card.stale.extend(card.link.take());
+            if let Err(error) = card.clean(&mut self.netlink) {
+                failed = failed.or(Some(error));
+            }
         }
-        Ok(links)
+        failed.map_or(Ok(links), Err)
     }
 
     fn set(&mut self, name: &str, message: LinkMessage) -> Result<(), Error> {

@@ -168,3 +168,31 @@ fn packets_go_both_ways_and_late_links_are_noticed() {
     let error = sync(&mut wiring).unwrap_err().to_string();
     assert!(error.contains("br0 (bridge)"), "{error}");
 }
+
+#[test]
+fn a_link_is_wired_in_both_directions_or_in_none() {
+    if unfit() {
+        return;
+    }
+    let mut wiring = Wiring::open(Netns::create().unwrap()).unwrap();
+    let _taps = wiring.make_cards(1, 1).unwrap();
+    let tap = shell(wiring.netns(), "ip -o link | grep -o 'lovz[0-9]*'");
+    shell(wiring.netns(), "ip link add eth0 type veth peer name peer; ip link set eth0 up");
+    let ingress = |wiring: &Wiring, dev: &str| shell(wiring.netns(), &format!("tc qdisc show dev {dev} ingress"));
+    // The second direction cannot be had while somebody else redirects there.
+    shell(wiring.netns(), &format!("tc qdisc add dev {tap} ingress"));
+    assert!(matches!(sync(&mut wiring), Err(Error::Redirect { .. })));
+    assert_eq!(ingress(&wiring, "eth0"), "", "half of a wiring is left");
+    assert!(matches!(sync(&mut wiring), Err(Error::Redirect { .. })));
+    shell(wiring.netns(), &format!("tc qdisc del dev {tap} ingress"));
+    assert_eq!(sync(&mut wiring).unwrap().links.len(), 1);
+    for dev in ["eth0", &tap] {
+        let filters = shell(wiring.netns(), &format!("tc filter show dev {dev} ingress"));
+        assert!(filters.contains("mirred"), "{dev}: {filters}");
+    }
+    // A link that goes gives its card back, and another one gets it.
+    shell(wiring.netns(), "ip link del eth0; ip link add eth1 type veth peer name peer1; ip link set eth1 up");
+    assert_eq!(sync(&mut wiring).unwrap().links[0].name, "eth1");
+    assert_eq!(wiring.undo().unwrap().len(), 1);
+    assert_eq!(ingress(&wiring, "eth1"), "");
+}

@@ -185,7 +185,7 @@ impl Qemu {
             args.push(CString::new(argument)?);
         }
         let process = Command { program, args, env: Vec::new(), fds, namespaces: NAMESPACES, outlives_parent: false }
-            .spawn_with(Steps { parent: None, child: Some(&|| emulator.confine()) })
+            .spawn_with(Steps { child: Some(&|| emulator.confine()), ..Steps::default() })
             .map_err(start)?;
         Ok(Self { process, console: Some(console), stderr: Some(stderr) })
     }

@@ -17,6 +17,7 @@ pub mod random;
 pub mod sigsys;
 pub mod socket;
 pub mod steer;
+pub mod surroundings;
 pub mod tap;
 pub mod thread;
 pub mod tsc;

@@ -17,6 +17,8 @@ use nix::{
     unistd::{Pid, pipe2},
 };
 
+use crate::surroundings::Surroundings;
+
 /// What to start, and how.
 #[derive(Debug)]
 pub struct Command<'a> {
@@ -54,11 +56,37 @@ pub fn raise_open_files(pid: Pid, wanted: u64) -> io::Result<()> {
     }
 }
 
+/// Sets the limit of a process's core dumps, in bytes; where the system does not allow that, what there is must do.
+pub fn limit_core(pid: Pid, bytes: u64) -> io::Result<()> {
+    let limit = libc::rlimit { rlim_cur: bytes, rlim_max: bytes };
+    // SAFETY: the structure lives for the whole call.
+    #[allow(unsafe_code)]
+    let done = unsafe { libc::prlimit(pid.as_raw(), libc::RLIMIT_CORE, &raw const limit, ptr::null_mut()) };
+    match nix::errno::Errno::result(done) {
+        Ok(_) | Err(nix::errno::Errno::EPERM) => Ok(()),
+        Err(e) => Err(e.into()),
+    }
+}
+
+/// Sets how likely the kernel is to end a process for want of memory: oom_score_adj of proc_pid_oom_score_adj(5), from -1000
+/// (never) to 1000.
+pub fn set_oom_score(pid: Pid, score: i32) -> io::Result<()> {
+    std::fs::write(format!("/proc/{pid}/oom_score_adj"), score.to_string())
+}
+
+/// The calling process's oom_score_adj.
+pub fn own_oom_score() -> io::Result<i32> {
+    let text = std::fs::read_to_string("/proc/self/oom_score_adj")?;
+    text.trim().parse().map_err(|_| io::Error::new(io::ErrorKind::InvalidData, text))
+}
+
 /// What happens between a process's start and its program.
 #[derive(Default, Clone, Copy)]
 pub struct Steps<'a> {
     /// In the parent, with the process's pid, while the process waits: it can be put somewhere before it does anything.
     pub parent: Option<&'a dyn Fn(Pid) -> io::Result<()>>,
+    /// In the process itself: the surroundings that it goes back to, which this process has left.
+    pub surroundings: Option<&'a Surroundings>,
     /// In the process itself, with its descriptors in place; what fails is told by name. The parent must have one thread.
     pub child: Option<&'a dyn Fn() -> Result<(), Failed>>,
 }
@@ -66,7 +94,8 @@ pub struct Steps<'a> {
 impl std::fmt::Debug for Steps<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let mut steps = f.debug_struct("Steps");
-        steps.field("parent", &self.parent.is_some()).field("child", &self.child.is_some()).finish()
+        steps.field("parent", &self.parent.is_some()).field("surroundings", &self.surroundings);
+        steps.field("child", &self.child.is_some()).finish()
     }
 }
 
@@ -224,15 +253,7 @@ impl Command<'_> {
             #[allow(unsafe_code)]
             unsafe {
                 libc::close(proceed_to.as_raw_fd());
-                become_program(
-                    self,
-                    steps.child,
-                    &args,
-                    &env,
-                    &moved,
-                    (proceed.as_raw_fd(), failed.as_raw_fd()),
-                    parent,
-                )
+                become_program(self, steps, &args, &env, &moved, (proceed.as_raw_fd(), failed.as_raw_fd()), parent)
             }
         }
         drop(failed);
@@ -305,7 +326,7 @@ fn failure(report: &[u8]) -> io::Error {
 #[allow(unsafe_code)]
 unsafe fn become_program(
     command: &Command<'_>,
-    step: Option<&dyn Fn() -> Result<(), Failed>>,
+    steps: Steps<'_>,
     args: &[*const c_char],
     env: &[*const c_char],
     fds: &[(OwnedFd, RawFd)],
@@ -348,9 +369,8 @@ unsafe fn become_program(
                     break 'failed;
                 }
             }
-            if let Some(step) = step
-                && let Err((name, error)) = step()
-            {
+            let surrounded = steps.surroundings.map_or(Ok(()), |surroundings| surroundings.enter(None));
+            if let Err((name, error)) = surrounded.and_then(|()| steps.child.map_or(Ok(()), |step| step())) {
                 let mut report = [0u8; REPORT];
                 report[..4].copy_from_slice(&error.raw_os_error().unwrap_or(libc::EIO).to_ne_bytes());
                 let len = name.len().min(REPORT - 4);
@@ -484,7 +504,7 @@ mod tests {
                     pid.set(Some(of));
                     Ok(())
                 }),
-                child: None,
+                ..Steps::default()
             })
             .unwrap();
         drop(command);
@@ -506,8 +526,9 @@ mod tests {
             pid.set(Some(of));
             Err(io::Error::other("no"))
         };
-        let error =
-            shell("exec sleep 1000", Vec::new()).spawn_with(Steps { parent: Some(&no), child: None }).unwrap_err();
+        let error = shell("exec sleep 1000", Vec::new())
+            .spawn_with(Steps { parent: Some(&no), ..Steps::default() })
+            .unwrap_err();
         assert_eq!(error.to_string(), "no");
         assert!(Handle::open(pid.get().unwrap().as_raw()).unwrap().is_none());
     }

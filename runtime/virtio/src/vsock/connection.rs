@@ -146,6 +146,11 @@ impl Connection {
         self.stream = Some(stream);
     }
 
+    /// Whether the guest has been asked for it, or has asked itself.
+    pub(super) fn is_requested(&self) -> bool {
+        !self.owed.request
+    }
+
     pub(super) fn is_established(&self) -> bool {
         self.stream.is_some()
     }

@@ -201,8 +201,12 @@ impl Vsock {
 
     fn cancel(&mut self, dial: u64) {
         let waiting = |c: &Connection| c.origin == Origin::Host(dial) && !c.is_established();
-        if let Some(id) = self.connections.iter().find(|(_, c)| waiting(c)).map(|(id, _)| *id) {
-            self.reset_connection(id);
+        let found = self.connections.iter().find(|(_, connection)| waiting(connection));
+        match found.map(|(id, connection)| (*id, connection.is_requested())) {
+            Some((id, true)) => self.reset_connection(id),
+            // The guest knows nothing of it.
+            Some((id, false)) => self.forget(id, DialError::Reset),
+            None => {}
         }
     }
 

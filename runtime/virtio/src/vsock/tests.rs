@@ -295,7 +295,13 @@ fn a_dial_waits_for_the_driver_and_can_be_given_up() {
     assert!(matches!(guest.handle.next(), Some(Event::Dialed { id: 1, result: Err(DialError::Reset) })));
     let packets = guest.received();
     let ports: Vec<_> = packets.iter().map(|(h, _)| (h.op, h.dst_port)).collect();
-    assert_eq!(ports, [(op::RST, 1026), (op::REQUEST, 1027)]);
+    // Of what was never asked for, the guest is told nothing.
+    assert_eq!(ports, [(op::REQUEST, 1027)]);
+    guest.handle.cancel(2);
+    let told: Vec<_> = guest.received().iter().map(|(h, _)| (h.op, h.dst_port)).collect();
+    assert_eq!(told, [(op::RST, 1027)]);
+    assert!(matches!(guest.handle.next(), Some(Event::Dialed { id: 2, result: Err(DialError::Reset) })));
+    assert_eq!((guest.device.connections.len(), guest.device.by_ports.len()), (0, 0));
 }
 
 #[test]
