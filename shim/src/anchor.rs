@@ -20,11 +20,11 @@ use nix::{
     errno::Errno,
     mount::{MntFlags, MsFlags, mount, umount2},
     sched::{CloneFlags, setns},
-    unistd::{chdir, pivot_root},
+    unistd::{Pid, chdir, pivot_root},
 };
 use vz_sys::{
     channel::Channel,
-    process::{Command, Process, inherited_fd},
+    process::{Command, Process, Steps, inherited_fd},
 };
 
 /// Descriptor of its channel to the shim.
@@ -57,8 +57,9 @@ pub struct Anchor {
 }
 
 impl Anchor {
-    /// Starts one with `rootfs` as its root, in the network namespace `netns`.
-    pub fn start(rootfs: &Path, netns: BorrowedFd<'_>) -> Result<Self, Error> {
+    /// Starts one with `rootfs` as its root, in the network namespace `netns`. `admit` is called with its pid before it
+    /// does anything.
+    pub fn start(rootfs: &Path, netns: BorrowedFd<'_>, admit: &dyn Fn(Pid) -> io::Result<()>) -> Result<Self, Error> {
         let enter = |reason: String| Error::Enter { rootfs: rootfs.to_owned(), reason };
         let (ours, theirs) = Channel::pair().map_err(Error::Spawn)?;
         let rootfs_arg = path_arg(rootfs).map_err(Error::Spawn)?;
@@ -71,7 +72,7 @@ impl Anchor {
             // Its channel tells.
             outlives_parent: true,
         }
-        .spawn()
+        .spawn_with(Steps { parent: Some(admit), ..Steps::default() })
         .map_err(Error::Spawn)?;
         drop(theirs);
         let anchor = Self { process, channel: Some(ours) };

@@ -13,10 +13,13 @@ use std::{
     env,
     ffi::OsString,
     io::{self, IsTerminal, Read, Write},
-    os::{fd::OwnedFd, unix::net::UnixListener, unix::process::CommandExt},
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::{net::UnixListener, process::CommandExt},
+    },
     path::{Path, PathBuf},
     process::{Command, ExitCode, Stdio},
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use containerd_shim::{Flags, StartOpts, parse};
@@ -26,6 +29,10 @@ use containerd_shim_protos::{
     protobuf::{CodedInputStream, Message, rt::WireType, well_known_types::any::Any},
     types::introspection::{RuntimeInfo, RuntimeVersion},
 };
+use nix::{
+    errno::Errno,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+};
 use vz_config::Config;
 
 use crate::{
@@ -33,6 +40,7 @@ use crate::{
     error::chain,
     hooks,
     journal::{self, Journal},
+    socket,
 };
 
 /// What containerd calls us.
@@ -41,6 +49,8 @@ const RUNTIME: &str = "io.containerd.vz.v2";
 const MAX_INPUT: u64 = 10 << 20;
 /// Annotations that put a container into another one's sandbox, the first that is set counts.
 const GROUPS: [&str; 2] = ["io.containerd.runc.v2.group", "io.kubernetes.cri.sandbox-id"];
+/// How long the daemon of a sandbox may take to have its VM on the way. Installing a bundle takes a second of it.
+const START_DEADLINE: Duration = Duration::from_secs(90);
 /// Exit status of a task whose shim has died.
 const KILLED: u32 = 137;
 
@@ -73,10 +83,10 @@ pub enum Error {
         wanted: String,
     },
     /// The socket.
-    #[error("listen on {address}")]
+    #[error("listen on {path}")]
     Listen {
-        /// Its address.
-        address: String,
+        /// Its path.
+        path: PathBuf,
         /// Why not.
         source: io::Error,
     },
@@ -219,7 +229,7 @@ fn start(flags: &Flags) -> Result<ExitCode, Error> {
         }
         take_away(&dir)?;
     }
-    if let Some(listener) = listen(&socket, member)? {
+    if let Some(listener) = listen(socket_path(&socket), member)? {
         spawn(options, &socket, listener, &bundle)?;
     }
     print(&reply(&socket, parameters.reply)?)?;
@@ -293,32 +303,19 @@ fn group(bundle: &Path) -> Option<String> {
 }
 
 /// Listens on the socket; `None` where the sandbox that the container belongs to listens there already.
-fn listen(address: &str, member: bool) -> Result<Option<UnixListener>, Error> {
-    let path = PathBuf::from(address.trim_start_matches("unix://"));
-    let error = |source| Error::Listen { address: address.to_owned(), source };
-    if let Some(parent) = path.parent() {
-        std::fs::create_dir_all(parent).map_err(error)?;
-    }
-    match UnixListener::bind(&path) {
-        Ok(listener) => Ok(Some(listener)),
-        Err(e) if e.kind() == io::ErrorKind::AddrInUse => {
-            let alive = std::os::unix::net::UnixStream::connect(&path).is_ok();
-            match (alive, member) {
-                (true, true) => Ok(None),
-                (true, false) => Err(error(e)),
-                // Whoever made it is dead.
-                (false, _) => {
-                    std::fs::remove_file(&path).map_err(error)?;
-                    UnixListener::bind(&path).map(Some).map_err(error)
-                }
-            }
-        }
-        Err(e) => Err(error(e)),
+fn listen(path: &Path, member: bool) -> Result<Option<UnixListener>, Error> {
+    let error = |source| Error::Listen { path: path.to_owned(), source };
+    match socket::listen(path).map_err(error)? {
+        None if !member => Err(error(io::ErrorKind::AddrInUse.into())),
+        listener => Ok(listener),
     }
 }
 
 /// Starts the daemon, and waits until it has its VM on the way or says why not.
 fn spawn(options: &StartOptions, socket: &str, listener: UnixListener, bundle: &Path) -> Result<(), Error> {
+    let path = socket_path(socket);
+    // Before anybody can think that it is dead.
+    let inode = socket::inode(path).map_err(|source| Error::Listen { path: path.to_owned(), source })?;
     let exe = env::current_exe().map_err(fail("find own program"))?;
     let mut command = Command::new(exe);
     command
@@ -338,25 +335,74 @@ fn spawn(options: &StartOptions, socket: &str, listener: UnixListener, bundle: &
         command.env(daemon::CONFIG_PATH, path);
     }
     let mut child = command.spawn().map_err(fail("start daemon"))?;
-    let mut report = String::new();
-    if let Some(mut stdout) = child.stdout.take() {
-        stdout.read_to_string(&mut report).map_err(fail("read the daemon's report"))?;
-    }
-    if report == daemon::READY {
+    // The command has the listener still.
+    drop(command);
+    let report = match child.stdout.take() {
+        Some(stdout) => report(stdout, START_DEADLINE).map_err(fail("read the daemon's report"))?,
+        None => Some(String::new()),
+    };
+    if report.as_deref() == Some(daemon::READY) {
         // The daemon is the one to be sacrificed when memory is short, before containerd. A host that forbids it loses
         // nothing else.
         drop(containerd_shim::cgroup::adjust_oom_score(child.id()));
         return Ok(());
     }
-    let status = child.wait().map_err(fail("wait for the daemon"))?;
-    drop(std::fs::remove_file(socket.trim_start_matches("unix://")));
-    if !report.is_empty() {
+    let why = match report {
         // It has cleaned up itself.
-        return Err(Error::Daemon(report));
+        Some(report) if !report.is_empty() => {
+            child.wait().map_err(fail("wait for the daemon"))?;
+            report
+        }
+        // Killed: containerd calls `delete` for shims that it knows, and it does not know this one yet.
+        Some(_) => {
+            let status = child.wait().map_err(fail("wait for the daemon"))?;
+            let mut why = format!("daemon ended with {status}");
+            why.extend(left_behind(options));
+            why
+        }
+        None => {
+            child.kill().map_err(fail("kill the daemon"))?;
+            let mut why = format!(
+                "the sandbox's daemon was not ready after {} s, and was killed: something that it needs of this host hangs",
+                START_DEADLINE.as_secs()
+            );
+            // Waits for its end too.
+            why.extend(left_behind(options));
+            why
+        }
+    };
+    drop(socket::remove(path, Some(inode)));
+    Err(Error::Daemon(why))
+}
+
+/// Takes away what a daemon that was killed has left. What is in the way, where something is.
+fn left_behind(options: &StartOptions) -> Option<String> {
+    let error = take_away(&Journal::dir(&options.namespace, &options.id)).err()?;
+    Some(format!("; {}", chain(&error)))
+}
+
+/// What a daemon reports; `None` if it has not done so by the deadline.
+fn report(from: impl Read + AsFd, deadline: Duration) -> io::Result<Option<String>> {
+    let end = Instant::now() + deadline;
+    let mut from = from.take(MAX_INPUT);
+    let (mut said, mut part) = (Vec::new(), [0; 4096]);
+    loop {
+        let left = PollTimeout::try_from(end.saturating_duration_since(Instant::now())).unwrap_or(PollTimeout::MAX);
+        match poll(&mut [PollFd::new(from.get_ref().as_fd(), PollFlags::POLLIN)], left) {
+            Ok(0) => return Ok(None),
+            Ok(_) => {}
+            Err(Errno::EINTR) => continue,
+            Err(e) => return Err(e.into()),
+        }
+        match from.read(&mut part)? {
+            0 => return Ok(Some(String::from_utf8_lossy(&said).into_owned())),
+            count => said.extend(part.get(..count).unwrap_or_default()),
+        }
     }
-    // Killed: containerd calls `delete` for shims that it knows, and it does not know this one yet.
-    take_away(&Journal::dir(&options.namespace, &options.id))?;
-    Err(Error::Daemon(format!("daemon ended with {status}")))
+}
+
+fn socket_path(address: &str) -> &Path {
+    Path::new(address.trim_start_matches("unix://"))
 }
 
 /// containerd's ConfigPath for this runtime, where it is set.
@@ -430,10 +476,7 @@ fn delete(flags: &Flags) -> Result<ExitCode, Error> {
 
 #[cfg(test)]
 mod tests {
-    use std::os::fd::AsRawFd;
-
     use containerd_shim_protos::bootstrap_api::Extension;
-    use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, bind, socket};
 
     use super::*;
 
@@ -485,16 +528,29 @@ mod tests {
     }
 
     #[test]
-    fn a_dead_sandboxs_socket_is_taken_over_and_a_living_ones_is_not() {
+    fn a_living_sandboxs_socket_is_for_its_members_only() {
         let dir = tempfile::tempdir().unwrap();
-        let address = |name: &str| format!("unix://{}/s/{name}", dir.path().display());
-        let _listener = listen(&address("living"), false).unwrap().unwrap();
-        assert!(listen(&address("living"), true).unwrap().is_none());
-        assert!(matches!(listen(&address("living"), false), Err(Error::Listen { .. })));
-        // Bound and not listening, which is what a dead listener's socket looks like. (A dropped listener may live on
-        // for a moment in a child that another test has just forked.)
-        let dead = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).unwrap();
-        bind(dead.as_raw_fd(), &UnixAddr::new(&dir.path().join("s/dead")).unwrap()).unwrap();
-        assert!(listen(&address("dead"), false).unwrap().is_some());
+        let path = dir.path().join("s/living");
+        let _listener = listen(&path, false).unwrap().unwrap();
+        assert!(listen(&path, true).unwrap().is_none());
+        assert!(matches!(listen(&path, false), Err(Error::Listen { .. })));
+    }
+
+    #[test]
+    fn a_daemon_has_a_deadline() {
+        let said = |script: &str, deadline| {
+            let mut child = Command::new("sh").args(["-c", script]).stdout(Stdio::piped()).spawn().unwrap();
+            let said = report(child.stdout.take().unwrap(), deadline).unwrap();
+            child.kill().unwrap();
+            child.wait().unwrap();
+            said
+        };
+        let (short, long) = (Duration::from_millis(100), Duration::from_secs(30));
+        assert_eq!(said("echo ready", long).as_deref(), Some(daemon::READY));
+        assert_eq!(said("exit 1", long).as_deref(), Some(""));
+        assert_eq!(said("printf no; sleep 0.1; printf ' bundle'", long).as_deref(), Some("no bundle"));
+        assert_eq!(said("exec sleep 1000", short), None);
+        // Words are no end.
+        assert_eq!(said("echo ready; exec sleep 1000", short), None);
     }
 }

@@ -5,8 +5,11 @@
 //! The quota comes last: a boot would not end in time under a small one.
 
 use std::{
+    fs::{self, File},
     io,
+    os::fd::AsFd,
     path::{Path, PathBuf},
+    time::{Duration, Instant},
 };
 
 use cgroups_rs::{
@@ -14,13 +17,21 @@ use cgroups_rs::{
     fs::{Cgroup as Group, CpuResources, MemoryResources, Resources, hierarchies},
     systemd::utils::expand_slice,
 };
+use nix::{
+    errno::Errno,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::signal::Signal,
+};
 use oci_spec::runtime::{LinuxCpu, Spec};
+use vz_sys::process::Handle;
 
 use crate::journal::{self, Journal, Resource};
 
 /// Controllers that are of use here; on a host with cgroup v1 each has a hierarchy of its own.
 const CONTROLLERS: [&str; 4] = ["memory", "cpu", "cpuacct", "pids"];
 const MIB: u64 = 1 << 20;
+/// Time between two tries where the kernel tells of no change.
+const PAUSE: Duration = Duration::from_millis(5);
 
 /// Why there is no cgroup.
 #[derive(Debug, thiserror::Error)]
@@ -49,6 +60,8 @@ pub struct Cgroup {
     group: Group,
     name: String,
     cpu: Option<LinuxCpu>,
+    /// Processes that the kernel had killed in it for want of memory before it was ours.
+    killed_before: u64,
 }
 
 impl Cgroup {
@@ -75,13 +88,15 @@ impl Cgroup {
             return Ok(None);
         }
         let group = Group::load_with_specified_controllers(hierarchies::auto(), &name, found);
-        let this = Self { group, cpu: linux.and_then(|linux| linux.resources().as_ref()?.cpu().clone()), name };
+        let cpu = linux.and_then(|linux| linux.resources().as_ref()?.cpu().clone());
+        let mut this = Self { group, cpu, name, killed_before: 0 };
         for path in this.paths() {
             if !path.exists() {
                 journal.made(Resource::Cgroup { path })?;
             }
         }
         this.group.create().map_err(this.failed("make"))?;
+        this.killed_before = this.killed();
         let limited = crate::spec::limits(spec).1.is_some();
         let bytes = i64::try_from(vm_mib.saturating_add(overhead_mib).saturating_mul(MIB)).unwrap_or(i64::MAX);
         let memory = MemoryResources { memory_hard_limit: limited.then_some(bytes), ..Default::default() };
@@ -94,6 +109,20 @@ impl Cgroup {
     pub fn add(&self, pid: i32) -> Result<(), Error> {
         let pid = CgroupPid::from(u64::try_from(pid).unwrap_or(0));
         self.group.add_task_by_tgid(pid).map_err(self.failed("move a process to"))
+    }
+
+    /// Whether the kernel has killed a process in it for want of memory, the cgroup's or the host's.
+    pub fn was_starved(&self) -> bool {
+        self.killed() > self.killed_before
+    }
+
+    fn killed(&self) -> u64 {
+        // cgroup v2, v1.
+        let files = ["memory.events", "memory.oom_control"];
+        let paths = self.paths();
+        let texts =
+            paths.iter().flat_map(|path| files.iter().filter_map(|file| fs::read_to_string(path.join(file)).ok()));
+        texts.map(|text| killed(&text)).sum()
     }
 
     /// Applies the limit of CPU time.
@@ -125,6 +154,12 @@ impl Cgroup {
     }
 }
 
+/// The number of processes that were killed, in what the kernel says of a cgroup's memory.
+fn killed(text: &str) -> u64 {
+    let number = |line: &str| line.strip_prefix("oom_kill ")?.trim().parse().ok();
+    text.lines().find_map(number).unwrap_or(0)
+}
+
 /// A cgroup's path below the hierarchies' roots: `cgroupsPath`, or for an empty one the container's id.
 ///
 /// systemd's form is where systemd would put it; it is made there without asking it, as the anchor is not its service.
@@ -153,23 +188,65 @@ fn relative(path: &str, id: &str) -> Result<String, Error> {
     Ok(relative)
 }
 
-/// Removes a cgroup's directory, once the processes that are in it have been killed. One that is gone is no error.
-pub fn remove(path: &Path) -> io::Result<()> {
+/// Removes a cgroup's directory, once the processes that are in it have been killed and have ended, which they must by the
+/// deadline. One that is gone is no error. Cgroups below it are others', with all that is in them.
+pub fn remove(path: &Path, deadline: Instant) -> io::Result<()> {
     loop {
-        match std::fs::remove_dir(path) {
+        match fs::remove_dir(path) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
             Err(e) if e.kind() == io::ErrorKind::ResourceBusy => {}
             other => return other,
         }
-        let text = std::fs::read_to_string(path.join("cgroup.procs"))?;
+        let text = fs::read_to_string(path.join("cgroup.procs"))?;
         let pids: Vec<i32> = text.lines().filter_map(|line| line.parse().ok()).collect();
-        if pids.is_empty() {
-            // Others' cgroups are below it: not ours to end.
-            return Err(io::ErrorKind::ResourceBusy.into());
+        let below = fs::read_dir(path)?.flatten().find(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
+        if Instant::now() >= deadline {
+            let why = match (&below, pids.as_slice()) {
+                (Some(below), []) => format!("there is a cgroup below it ({})", below.path().display()),
+                (_, pids) => format!("processes in it do not end: {pids:?}"),
+            };
+            return Err(io::Error::new(io::ErrorKind::ResourceBusy, why));
         }
-        for pid in pids {
-            journal::end(pid)?;
+        // Takes along what is forked meanwhile. Kernels before 5.14 do not have it, nor does cgroup v1.
+        let at_once = below.is_none() && !pids.is_empty() && fs::write(path.join("cgroup.kill"), "1").is_ok();
+        let handles: Vec<_> =
+            pids.into_iter().filter_map(|pid| Handle::open(pid).transpose()).collect::<Result<_, _>>()?;
+        if !at_once {
+            for handle in &handles {
+                handle.kill(Signal::SIGKILL)?;
+            }
         }
+        await_change(path, &handles, deadline)?;
+    }
+}
+
+/// Waits until a cgroup may have become empty, or until the deadline.
+fn await_change(path: &Path, members: &[Handle], deadline: Instant) -> io::Result<()> {
+    for member in members {
+        if !journal::wait(member, deadline)? {
+            return Ok(());
+        }
+    }
+    // A process leaves its cgroup a moment after it has ended for those who wait for it.
+    let left = deadline.saturating_duration_since(Instant::now());
+    let events = match File::open(path.join("cgroup.events")) {
+        Ok(events) => events,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {
+            // cgroup v1 tells nobody.
+            std::thread::sleep(left.min(PAUSE));
+            return Ok(());
+        }
+        Err(e) => return Err(e),
+    };
+    // Read first: what changes from then on is told.
+    if io::read_to_string(&events)?.lines().any(|line| line == "populated 0") {
+        std::thread::sleep(left.min(PAUSE));
+        return Ok(());
+    }
+    let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+    match poll(&mut [PollFd::new(events.as_fd(), PollFlags::POLLPRI)], timeout) {
+        Ok(_) | Err(Errno::EINTR) => Ok(()),
+        Err(e) => Err(e.into()),
     }
 }
 
@@ -218,7 +295,7 @@ mod tests {
         let paths = cgroup.paths();
         assert!(!paths.is_empty() && paths.iter().all(|path| path.exists()));
         let value = |names: [&str; 2]| {
-            let find = |name: &str| paths.iter().find_map(|path| std::fs::read_to_string(path.join(name)).ok());
+            let find = |name: &str| paths.iter().find_map(|path| fs::read_to_string(path.join(name)).ok());
             names.into_iter().find_map(find).unwrap().trim().to_owned()
         };
         assert_eq!(value(["memory.max", "memory.limit_in_bytes"]), (292 * MIB).to_string());
@@ -234,7 +311,66 @@ mod tests {
         assert!(!reaper.join().unwrap().success());
         assert!(paths.iter().all(|path| !path.exists()));
         for path in paths {
-            remove(path.parent().unwrap()).unwrap();
+            remove(path.parent().unwrap(), Instant::now()).unwrap();
+        }
+    }
+
+    #[test]
+    fn kills_are_counted_in_either_form() {
+        assert_eq!(killed("low 0\nhigh 0\nmax 7\noom 2\noom_kill 3\noom_group_kill 1\n"), 3);
+        assert_eq!(killed("oom_kill_disable 0\nunder_oom 0\noom_kill 4\n"), 4);
+        assert_eq!(killed("oom_kill_disable 1\n"), 0);
+    }
+
+    /// Each hierarchy that a cgroup can be made in here, with a new one in it.
+    fn made(name: &str) -> Vec<PathBuf> {
+        let roots = ["", "memory", "unified"].map(|root| Path::new("/sys/fs/cgroup").join(root));
+        let roots = roots.into_iter().filter(|root| root.join("cgroup.procs").exists());
+        roots
+            .map(|root| root.join(format!("vz-test-{name}-{}", std::process::id())))
+            .filter(|path| fs::create_dir(path).is_ok())
+            .collect()
+    }
+
+    #[test]
+    fn a_cgroup_is_removed_while_its_processes_end() {
+        let paths = made("ends");
+        if paths.is_empty() {
+            println!("skipped: no cgroup can be made");
+            return;
+        }
+        for path in paths {
+            // Processes that start others all the time.
+            let mut child =
+                std::process::Command::new("sh").args(["-c", "while :; do sleep 0.01 & done"]).spawn().unwrap();
+            fs::write(path.join("cgroup.procs"), child.id().to_string()).unwrap();
+            let reaper = std::thread::spawn(move || child.wait().unwrap());
+            remove(&path, Instant::now() + Duration::from_secs(10)).unwrap();
+            assert!(!path.exists());
+            assert!(!reaper.join().unwrap().success());
+            remove(&path, Instant::now()).unwrap();
+        }
+    }
+
+    #[test]
+    fn others_cgroups_below_are_left_and_named() {
+        let paths = made("below");
+        if paths.is_empty() {
+            println!("skipped: no cgroup can be made");
+            return;
+        }
+        for path in paths {
+            let below = path.join("others");
+            fs::create_dir(&below).unwrap();
+            let mut child = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
+            fs::write(below.join("cgroup.procs"), child.id().to_string()).unwrap();
+            let said = remove(&path, Instant::now() + Duration::from_millis(50)).unwrap_err().to_string();
+            assert!(said.contains("/others"), "{said}");
+            assert!(child.try_wait().unwrap().is_none());
+            child.kill().unwrap();
+            child.wait().unwrap();
+            remove(&below, Instant::now() + Duration::from_secs(10)).unwrap();
+            remove(&path, Instant::now() + Duration::from_secs(10)).unwrap();
         }
     }
 }

@@ -3,6 +3,7 @@
 use std::{path::Path, sync::Arc};
 
 use containerd_shim_protos::api::CreateTaskRequest;
+use nix::unistd::Pid;
 use oci_spec::runtime::ContainerState;
 use tokio::net::UnixStream;
 use ttrpc::Code;
@@ -19,6 +20,7 @@ use crate::{
     journal::Resource,
     names::{Names, Source},
     network,
+    oom::Score,
     sandbox::{Sandbox, read_spec},
     service::process_request,
     spec,
@@ -73,6 +75,7 @@ async fn host_side(sandbox: &Arc<Sandbox>, request: &CreateTaskRequest) -> Resul
     let bundle = Path::new(&request.bundle);
     let spec = read_spec(bundle)?;
     let annotations = spec::annotations(&spec);
+    let score = Score::of(&spec)?;
     sandbox.network.check(&spec)?;
     let root = spec.root().as_ref().map(|root| bundle.join(root.path())).unwrap_or_default();
     let disks = sandbox.disks_of(&request.id);
@@ -95,11 +98,12 @@ async fn host_side(sandbox: &Arc<Sandbox>, request: &CreateTaskRequest) -> Resul
         tracing::warn!(container = request.id, %error, "files that replace hosts, resolv.conf or hostname are not followed");
         None
     });
-    let anchor = Anchor::start(&sandbox.share.rootfs(&request.id), sandbox.network.netns())?;
+    let admit = |pid: Pid| {
+        score.set(pid)?;
+        sandbox.cgroup.as_ref().map_or(Ok(()), |cgroup| cgroup.add(pid.as_raw()).map_err(std::io::Error::other))
+    };
+    let anchor = Anchor::start(&sandbox.share.rootfs(&request.id), sandbox.network.netns(), &admit)?;
     sandbox.journal.process("anchor", anchor.pid())?;
-    if let Some(cgroup) = &sandbox.cgroup {
-        cgroup.add(anchor.pid())?;
-    }
     let hold = anchor.hold().map_err(|source| Error::Anchor(crate::anchor::Error::Spawn(source)))?;
     let context = Context {
         id: request.id.clone(),

@@ -33,6 +33,7 @@ use crate::{
     log,
     sandbox::{self, Identity, Prepared},
     service::Service,
+    socket,
 };
 
 /// What the daemon reports once its VM is on the way.
@@ -108,7 +109,10 @@ fn prepare(flags: &Flags, identity: &Identity) -> Result<Prepared, Error> {
     }
     let journal = Journal::create(&Journal::dir(&identity.namespace, &identity.id))?;
     journal.process(journal::SHIM, nix::unistd::Pid::this().as_raw())?;
-    journal.made(Resource::Socket { path: flags.socket.trim_start_matches("unix://").into() })?;
+    let path = PathBuf::from(flags.socket.trim_start_matches("unix://"));
+    // `start` has made it, and nobody takes it from a listener that lives.
+    let inode = socket::inode(&path).ok();
+    journal.made(Resource::Socket { path, inode })?;
     sandbox::prepare(identity, config, journal, stderr.as_ref(), Arc::new(surroundings))
 }
 

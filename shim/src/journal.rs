@@ -1,10 +1,12 @@
 //! What a sandbox owns on the host, written down before it is made, and the one way in which it is taken away again.
 //!
 //! The journal is a file of JSON lines in the sandbox's state directory. [`Journal::unwind`] is both the end of a
-//! sandbox's normal life and what `delete` does after a crash; it can be repeated at any point of itself.
+//! sandbox's normal life and what `delete` does after a crash; it can be repeated at any point of itself. What cannot be
+//! taken away keeps nothing else and no later sandbox of this name for good: each `start` tries again, and says what it is.
 //! Mounts are not in it: they are made in the shim's private mount namespace and end with its last process.
 
 use std::{
+    fmt,
     fs::{self, File, OpenOptions},
     io::{self, Write},
     os::{fd::AsFd, unix::fs::DirBuilderExt},
@@ -22,7 +24,7 @@ use serde::{Deserialize, Serialize};
 use vz_net::netns::Netns;
 use vz_sys::process::Handle;
 
-use crate::cgroup;
+use crate::{cgroup, error::chain, socket};
 
 /// Where all sandboxes keep their state; a tmpfs on every host that has systemd.
 pub const STATE_ROOT: &str = "/run/vz";
@@ -31,8 +33,12 @@ const FILE: &str = "journal";
 pub const SHIM: &str = "shim";
 /// How long a hook may go on after its shim; containerd gives `delete` five seconds.
 const HOOK_DEADLINE: Duration = Duration::from_secs(3);
-/// How long a killed process may take to be gone.
-const KILL_DEADLINE: Duration = Duration::from_secs(10);
+/// How long one thing may take to be gone before the next one's turn.
+const EACH: Duration = Duration::from_secs(1);
+/// How long everything may take that is slow.
+const DEADLINE: Duration = Duration::from_secs(10);
+/// Times that a directory is made again which somebody else removes: each time another sandbox has ended.
+const MAKE_TRIES: usize = 100;
 
 /// Something that a sandbox owns.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -58,6 +64,9 @@ pub enum Resource {
     Socket {
         /// Its path.
         path: PathBuf,
+        /// Its inode, by which it is told from a later one at the same path.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        inode: Option<u64>,
     },
     /// A directory of a cgroup.
     Cgroup {
@@ -122,6 +131,27 @@ pub enum Error {
         /// Why not.
         source: io::Error,
     },
+    /// Not everything is gone.
+    #[error(
+        "an earlier sandbox has left what cannot be taken away, which the next start tries again ({dir}): {failures}"
+    )]
+    Left {
+        /// The state directory, whose journal has it.
+        dir: PathBuf,
+        /// What, and why.
+        failures: Failures,
+    },
+}
+
+/// All that has failed.
+#[derive(Debug)]
+pub struct Failures(Vec<Error>);
+
+impl fmt::Display for Failures {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let all: Vec<_> = self.0.iter().map(|error| chain(error)).collect();
+        f.write_str(&all.join("; "))
+    }
 }
 
 /// A sandbox's journal, open for writing.
@@ -141,7 +171,14 @@ impl Journal {
     /// have been taken away.
     pub fn create(dir: &Path) -> Result<Self, Error> {
         let state = |action| move |source| Error::State { action, path: dir.to_owned(), source };
-        fs::DirBuilder::new().recursive(true).mode(0o711).create(dir).map_err(state("make state directory"))?;
+        let mut tries = 0;
+        loop {
+            match fs::DirBuilder::new().recursive(true).mode(0o711).create(dir) {
+                // The namespace's last sandbox has just ended, and has taken its directory along.
+                Err(e) if e.kind() == io::ErrorKind::NotFound && tries < MAKE_TRIES => tries += 1,
+                other => break other.map_err(state("make state directory"))?,
+            }
+        }
         let file = OpenOptions::new()
             .append(true)
             .create_new(true)
@@ -203,72 +240,132 @@ impl Journal {
     /// Takes away everything that the sandbox in `dir` owns, the last made first, and the directory.
     ///
     /// `poststop` runs a container's hooks. The caller itself may be in the journal; it is passed over. No directory is
-    /// no error.
+    /// no error. What cannot be taken away keeps nothing else: the error names all of it, and the journal keeps it for the
+    /// next try.
     pub fn unwind(dir: &Path, mut poststop: impl FnMut(&str, &Path)) -> Result<(), Error> {
+        let end = Instant::now() + DEADLINE;
+        let mut failures = Vec::new();
         // A shim that lives would go on: make things that are not in the journal yet, and run the hooks of what fails.
         for resource in read(dir)? {
             if let Resource::Process { role, pid, start_time } = resource
                 && role == SHIM
+                && let Err(error) = kill(&role, pid, start_time, end)
             {
-                kill(&role, pid, start_time)?;
+                failures.push(error);
             }
         }
+        if !failures.is_empty() {
+            return Err(Error::Left { dir: dir.to_owned(), failures: Failures(failures) });
+        }
+        let (mut gone, mut left) = (Vec::new(), Vec::new());
         for resource in read(dir)?.into_iter().rev() {
-            match resource {
-                Resource::Process { role, pid, start_time } => kill(&role, pid, start_time)?,
-                Resource::Cgroup { path } => remove(&path, |path| cgroup::remove(&path))?,
-                Resource::Hook { pid, start_time } => {
-                    if !ends(pid, start_time, HOOK_DEADLINE)? {
-                        kill("hook", pid, start_time)?;
-                    }
-                }
-                Resource::Socket { path } => remove(&path, fs::remove_file)?,
-                Resource::Redirect { netns, index, link } => take_back(&netns, index, &link)?,
-                Resource::Poststop { id, bundle } => poststop(&id, &bundle),
+            match take_away(&resource, Instant::now() + EACH, &mut poststop) {
+                Ok(()) => gone.push(resource),
+                Err(_) => left.push(resource),
             }
         }
-        let entries = match fs::read_dir(dir) {
-            Ok(entries) => entries,
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
-            Err(source) => return Err(Error::State { action: "list", path: dir.to_owned(), source }),
-        };
-        for entry in entries {
-            let path = entry.map_err(|source| Error::State { action: "list", path: dir.to_owned(), source })?.path();
+        // What was slow has had time meanwhile, and what kept it busy may be gone.
+        for resource in left {
+            match take_away(&resource, end, &mut poststop) {
+                Ok(()) => gone.push(resource),
+                Err(error) => failures.push(error),
+            }
+        }
+        empty(dir, &mut failures);
+        if failures.is_empty() {
+            return remove_directory(dir);
+        }
+        // Hooks are not run again, nor is a pid looked at that may be another's by then.
+        if let Err(error) = append(dir, gone) {
+            failures.push(error);
+        }
+        Err(Error::Left { dir: dir.to_owned(), failures: Failures(failures) })
+    }
+}
+
+/// Takes away one resource, within the deadline.
+fn take_away(resource: &Resource, deadline: Instant, poststop: &mut impl FnMut(&str, &Path)) -> Result<(), Error> {
+    match resource {
+        Resource::Process { role, pid, start_time } => kill(role, *pid, *start_time, deadline),
+        Resource::Cgroup { path } => remove(path, |path| cgroup::remove(&path, deadline)),
+        Resource::Hook { pid, start_time } => match ends(*pid, *start_time, Instant::now() + HOOK_DEADLINE)? {
+            true => Ok(()),
+            false => kill("hook", *pid, *start_time, deadline.max(Instant::now() + EACH)),
+        },
+        Resource::Socket { path, inode } => remove(path, |path| socket::remove(&path, *inode)),
+        Resource::Redirect { netns, index, link } => take_back(netns, *index, link),
+        Resource::Poststop { id, bundle } => {
+            poststop(id, bundle);
+            Ok(())
+        }
+    }
+}
+
+/// Removes what is in a state directory but its journal.
+fn empty(dir: &Path, failures: &mut Vec<Error>) {
+    let list = |source| Error::State { action: "list", path: dir.to_owned(), source };
+    let entries = match fs::read_dir(dir) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return,
+        Err(source) => return failures.push(list(source)),
+    };
+    for entry in entries {
+        let removed = entry.map_err(list).and_then(|entry| {
+            let path = entry.path();
             // A directory here is a mount point, never a tree of files. Whatever is mounted is detached first, so
             // nothing below it can be removed by mistake, and rmdir refuses what is not empty.
             if path.is_dir() && !path.is_symlink() {
                 match umount2(&path, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
-                    Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => {}
-                    Err(e) => return Err(Error::State { action: "unmount", path, source: e.into() }),
+                    Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => remove(&path, fs::remove_dir),
+                    Err(e) => Err(Error::State { action: "unmount", path, source: e.into() }),
                 }
-                remove(&path, fs::remove_dir)?;
             } else if path.file_name().is_some_and(|name| name != FILE) {
-                remove(&path, fs::remove_file)?;
+                remove(&path, fs::remove_file)
+            } else {
+                Ok(())
             }
-        }
-        remove(&dir.join(FILE), fs::remove_file)?;
-        remove(dir, fs::remove_dir)?;
-        // The namespace's directory stays while others use it.
-        if let Some(parent) = dir.parent().filter(|parent| *parent != Path::new(STATE_ROOT)) {
-            match fs::remove_dir(parent) {
-                Ok(()) => {}
-                Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::DirectoryNotEmpty) => {}
-                Err(source) => return Err(Error::State { action: "remove", path: parent.to_owned(), source }),
-            }
-        }
-        Ok(())
+        });
+        failures.extend(removed.err());
     }
+}
+
+/// Removes an empty state directory with its journal.
+fn remove_directory(dir: &Path) -> Result<(), Error> {
+    remove(&dir.join(FILE), fs::remove_file)?;
+    remove(dir, fs::remove_dir)?;
+    // The namespace's directory stays while others use it.
+    if let Some(parent) = dir.parent().filter(|parent| *parent != Path::new(STATE_ROOT)) {
+        match fs::remove_dir(parent) {
+            Ok(()) => {}
+            Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::DirectoryNotEmpty) => {}
+            Err(source) => return Err(Error::State { action: "remove", path: parent.to_owned(), source }),
+        }
+    }
+    Ok(())
+}
+
+/// Writes down what is gone of a sandbox whose journal stays.
+fn append(dir: &Path, gone: Vec<Resource>) -> Result<(), Error> {
+    let state = |source| Error::State { action: "write journal in", path: dir.to_owned(), source };
+    let file = match OpenOptions::new().append(true).open(dir.join(FILE)) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        other => other.map_err(state)?,
+    };
+    let journal = Journal { dir: dir.to_owned(), file };
+    // A line that was cut short ends here.
+    (&journal.file).write_all(b"\n").map_err(state)?;
+    gone.into_iter().try_for_each(|resource| journal.gone(resource))
 }
 
 fn read(dir: &Path) -> Result<Vec<Resource>, Error> {
     let path = dir.join(FILE);
-    let text = match fs::read_to_string(&path) {
-        Ok(text) => text,
+    let text = match fs::read(&path) {
+        Ok(bytes) => String::from_utf8_lossy(&bytes).into_owned(),
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         Err(source) => return Err(Error::State { action: "read", path, source }),
     };
     let mut made = Vec::new();
-    for line in text.lines() {
+    for line in text.lines().filter(|line| !line.is_empty()) {
         match serde_json::from_str(line) {
             Ok(Line::Made(resource)) => made.push(resource),
             Ok(Line::Gone(resource)) => made.retain(|r| *r != resource),
@@ -300,27 +397,22 @@ fn remove(path: &Path, how: impl FnOnce(PathBuf) -> io::Result<()>) -> Result<()
 }
 
 /// Kills a process and waits until it is gone. A pid that now belongs to another process is left alone.
-fn kill(role: &str, pid: i32, wanted: u64) -> Result<(), Error> {
+fn kill(role: &str, pid: i32, wanted: u64, deadline: Instant) -> Result<(), Error> {
     if pid == nix::unistd::Pid::this().as_raw() {
         return Ok(());
     }
     let fail = |source| Error::Kill { role: role.to_owned(), pid, source };
     let Some(handle) = hold(pid, wanted).map_err(fail)? else { return Ok(()) };
-    kill_and_wait(&handle).map_err(fail)
-}
-
-/// Kills a process and waits until it is gone.
-pub fn end(pid: i32) -> io::Result<()> {
-    Handle::open(pid)?.map_or(Ok(()), |handle| kill_and_wait(&handle))
-}
-
-fn kill_and_wait(handle: &Handle) -> io::Result<()> {
-    handle.kill(Signal::SIGKILL)?;
-    if wait(handle, KILL_DEADLINE)? { Ok(()) } else { Err(io::ErrorKind::TimedOut.into()) }
+    handle.kill(Signal::SIGKILL).map_err(fail)?;
+    match wait(&handle, deadline) {
+        Ok(true) => Ok(()),
+        Ok(false) => Err(fail(io::Error::new(io::ErrorKind::TimedOut, "it has been killed and does not end"))),
+        Err(error) => Err(fail(error)),
+    }
 }
 
 /// Whether a process ends, or has ended, in time.
-fn ends(pid: i32, wanted: u64, deadline: Duration) -> Result<bool, Error> {
+fn ends(pid: i32, wanted: u64, deadline: Instant) -> Result<bool, Error> {
     let fail = |source| Error::Kill { role: "hook".into(), pid, source };
     match hold(pid, wanted).map_err(fail)? {
         Some(handle) => wait(&handle, deadline).map_err(fail),
@@ -340,8 +432,7 @@ fn hold(pid: i32, wanted: u64) -> io::Result<Option<Handle>> {
 }
 
 /// Whether a process ends in time.
-fn wait(handle: &Handle, deadline: Duration) -> io::Result<bool> {
-    let deadline = Instant::now() + deadline;
+pub fn wait(handle: &Handle, deadline: Instant) -> io::Result<bool> {
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
         let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
@@ -383,7 +474,7 @@ mod tests {
         let journal = Journal::create(&dir).unwrap();
         let socket = root.path().join("socket");
         fs::write(&socket, "").unwrap();
-        journal.made(Resource::Socket { path: socket.clone() }).unwrap();
+        journal.made(Resource::Socket { path: socket.clone(), inode: None }).unwrap();
         let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
         journal.process("sleeper", i32::try_from(child.id()).unwrap()).unwrap();
         fs::create_dir(dir.join("share")).unwrap();
@@ -426,11 +517,12 @@ mod tests {
     fn a_pid_that_was_reused_is_left_alone() {
         let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
         let pid = i32::try_from(child.id()).unwrap();
-        kill("other", pid, start_time(pid).unwrap() + 1).unwrap();
+        let soon = Instant::now() + Duration::from_secs(5);
+        kill("other", pid, start_time(pid).unwrap() + 1, soon).unwrap();
         assert!(child.try_wait().unwrap().is_none());
         child.kill().unwrap();
         child.wait().unwrap();
-        kill("gone", pid, 1).unwrap();
+        kill("gone", pid, 1, soon).unwrap();
     }
 
     #[test]
@@ -473,5 +565,74 @@ mod tests {
         fs::create_dir_all(dir.join("share").join("precious")).unwrap();
         assert!(Journal::unwind(&dir, |_, _| ()).is_err());
         assert!(dir.join("share").join("precious").exists());
+    }
+
+    #[test]
+    fn what_cannot_be_taken_away_keeps_nothing_else() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = root.path().join("ns").join("c1");
+        let journal = Journal::create(&dir).unwrap();
+        let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
+        journal.process("sleeper", i32::try_from(child.id()).unwrap()).unwrap();
+        journal.made(Resource::Poststop { id: "c1".into(), bundle: "/b".into() }).unwrap();
+        // Not sockets, so that they cannot be removed as such.
+        let wrong = [root.path().join("first"), root.path().join("second")];
+        for path in &wrong {
+            fs::create_dir(path).unwrap();
+            journal.made(Resource::Socket { path: path.clone(), inode: None }).unwrap();
+        }
+        fs::create_dir_all(dir.join("share").join("precious")).unwrap();
+        fs::write(dir.join("console.log"), "x").unwrap();
+        (&journal.file).write_all(b"{\"made\":{\"kind\":\"sock").unwrap();
+        let mut hooks = 0;
+        let said = Journal::unwind(&dir, |_, _| hooks += 1).unwrap_err().to_string();
+        for name in ["first", "second", "share"] {
+            assert!(said.contains(&format!("/{name}: ")), "{name}: {said}");
+        }
+        assert!(!child.wait().unwrap().success());
+        assert!(!dir.join("console.log").exists());
+        // What is gone is not looked at again, hooks above all.
+        let left = read(&dir).unwrap();
+        assert_eq!(left.len(), 2, "{left:?}");
+        for path in &wrong {
+            fs::remove_dir(path).unwrap();
+        }
+        fs::remove_dir(dir.join("share").join("precious")).unwrap();
+        Journal::unwind(&dir, |_, _| hooks += 1).unwrap();
+        assert_eq!(hooks, 1);
+        assert!(!root.path().join("ns").exists());
+    }
+
+    #[test]
+    fn a_journal_with_bytes_that_are_no_text_is_read() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = root.path().join("ns").join("c1");
+        let journal = Journal::create(&dir).unwrap();
+        (&journal.file).write_all(b"\xff\xfe\n").unwrap();
+        let socket = root.path().join("socket");
+        fs::write(&socket, "").unwrap();
+        journal.made(Resource::Socket { path: socket.clone(), inode: None }).unwrap();
+        Journal::unwind(&dir, |_, _| ()).unwrap();
+        assert!(!socket.exists() && !dir.exists());
+    }
+
+    #[test]
+    fn another_sandboxs_socket_is_left_alone() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = root.path().join("ns").join("c1");
+        let journal = Journal::create(&dir).unwrap();
+        let path = root.path().join("socket");
+        let _listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        let inode = socket::inode(&path).unwrap();
+        journal.made(Resource::Socket { path: path.clone(), inode: Some(inode + 1) }).unwrap();
+        Journal::unwind(&dir, |_, _| ()).unwrap();
+        assert!(path.exists());
+    }
+
+    #[test]
+    fn a_journal_of_the_version_before_is_read() {
+        let old = r#"{"made":{"kind":"socket","path":"/s"}}"#;
+        let Line::Made(resource) = serde_json::from_str(old).unwrap() else { panic!() };
+        assert_eq!(resource, Resource::Socket { path: "/s".into(), inode: None });
     }
 }

@@ -26,10 +26,12 @@ mod log;
 mod logger;
 mod names;
 mod network;
+mod oom;
 mod reach;
 mod sandbox;
 mod service;
 mod share;
+mod socket;
 mod spec;
 mod vmm;
 

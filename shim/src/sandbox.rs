@@ -34,6 +34,7 @@ use crate::{
     journal::Journal,
     limit::Limit,
     network::Network,
+    oom::Score,
     share::Share,
     spec,
     vmm::{self, Notice, Place, Started, Vmm},
@@ -171,7 +172,8 @@ pub fn prepare(
         log_level: config.log_level.as_str().into(),
     };
     let cgroup = Cgroup::make(&journal, &spec, &identity.id, memory_mib, config.vm.overhead_mib)?;
-    let place = Place { user_namespace: config.vmm.user_namespace, cgroup: cgroup.as_ref() };
+    let oom_score = Score::of(&spec)?;
+    let place = Place { user_namespace: config.vmm.user_namespace, cgroup: cgroup.as_ref(), oom_score };
     let files: Vec<_> = cards.taps.into_iter().chain(disk_files).collect();
     let vmm = vmm::start(boot, &files, &place, stderr)?;
     journal.process("vmm", vmm.pid())?;
@@ -400,11 +402,7 @@ impl Sandbox {
                 }
             }
             Some(event::Kind::Oom(oom)) => match self.container(&oom.container_id) {
-                Ok(container) => {
-                    let mut event = TaskOOM::new();
-                    event.set_container_id(container.id.clone());
-                    self.publisher.publish("/tasks/oom", Box::new(event));
-                }
+                Ok(container) => self.publish_oom(&container),
                 Err(_) => self.complain("guest reports a lack of memory in an unknown container"),
             },
             Some(_) | None => self.complain("guest sent an unknown event"),
@@ -438,6 +436,12 @@ impl Sandbox {
         drop(transition);
     }
 
+    fn publish_oom(&self, container: &Container) {
+        let mut event = TaskOOM::new();
+        event.set_container_id(container.id.clone());
+        self.publisher.publish("/tasks/oom", Box::new(event));
+    }
+
     fn publish_exit(&self, container: &Container, process: &Process, exit: Exit) {
         let mut event = TaskExit::new();
         event.set_container_id(container.id.clone());
@@ -450,11 +454,17 @@ impl Sandbox {
 
     /// The VM has ended, and with it every process.
     fn ended(self: &Arc<Self>, ended: Result<Ended, String>) {
-        let why = match &ended {
+        let mut why = match &ended {
             Err(died) => died.clone(),
             Ok(ended) if ended.console.is_empty() => ended.message.clone(),
             Ok(ended) => format!("{}; guest console: {}", ended.message, ended.console.trim()),
         };
+        let starved = !self.ending.load(Ordering::Relaxed) && self.cgroup.as_ref().is_some_and(Cgroup::was_starved);
+        if starved {
+            why = format!(
+                "the host's kernel has killed the vm for want of memory, see its cgroup's memory.events: {why}"
+            );
+        }
         if let Ok(ended) = &ended
             && ended.cause == Cause::Kvm
         {
@@ -473,6 +483,9 @@ impl Sandbox {
         self.agent.down(&why);
         let containers: Vec<_> = self.containers().values().flatten().cloned().collect();
         for container in containers {
+            if starved {
+                self.publish_oom(&container);
+            }
             for process in container.processes() {
                 // What was never started has no end.
                 if process.state() == State::Created && !process.exec_id.is_empty() {
@@ -495,10 +508,18 @@ impl Sandbox {
     /// Ends the VM, and takes away everything that the sandbox owns.
     pub async fn destroy(&self) {
         self.end_vm().await;
-        let mut bundles = Vec::new();
-        if let Err(error) =
-            Journal::unwind(self.journal.path(), |id, bundle| bundles.push((id.to_owned(), bundle.to_owned())))
-        {
+        let dir = self.journal.path().to_owned();
+        // On a thread: processes and cgroups are waited for.
+        let unwinding = tokio::task::spawn_blocking(move || {
+            let mut bundles = Vec::new();
+            let unwound = Journal::unwind(&dir, |id, bundle| bundles.push((id.to_owned(), bundle.to_owned())));
+            (bundles, unwound)
+        });
+        let (bundles, unwound) = match unwinding.await {
+            Ok(done) => done,
+            Err(error) => return tracing::error!(%error, "clean up"),
+        };
+        if let Err(error) = unwound {
             tracing::error!(error = chain(&error), "clean up");
         }
         for (id, bundle) in bundles {

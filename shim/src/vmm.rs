@@ -31,7 +31,7 @@ use vz_machine::{
 };
 use vz_sys::{channel::Channel, process::Process};
 
-use crate::cgroup::Cgroup;
+use crate::{cgroup::Cgroup, oom::Score};
 
 /// Guest-made connections that wait to be taken up.
 const ACCEPTED_QUEUE: usize = 16;
@@ -109,6 +109,8 @@ pub struct Place<'a> {
     pub user_namespace: bool,
     /// Its cgroup.
     pub cgroup: Option<&'a Cgroup>,
+    /// How likely it is to be ended for want of memory.
+    pub oom_score: Score,
 }
 
 /// Starts the vmm process, with log lines to `stderr`, and tells it to boot, with `files` for its network cards and disks. Call it from the main thread, which the process does not outlive.
@@ -119,7 +121,10 @@ pub fn start(
     stderr: Option<&File>,
 ) -> Result<Started, Error> {
     // Before it takes any memory, which is counted where it was taken.
-    let admit = |pid: Pid| place.cgroup.map_or(Ok(()), |cgroup| cgroup.add(pid.as_raw()).map_err(io::Error::other));
+    let admit = |pid: Pid| {
+        place.oom_score.set(pid)?;
+        place.cgroup.map_or(Ok(()), |cgroup| cgroup.add(pid.as_raw()).map_err(io::Error::other))
+    };
     let spawn = Spawn {
         name: c"containerd-shim-vz-v2",
         stderr: stderr.map(AsFd::as_fd),

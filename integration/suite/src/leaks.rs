@@ -331,7 +331,7 @@ impl Look {
         let root = Path::new("/run/vz");
         for path in at_depth(root, 2) {
             // What has been verified is remembered there, for all.
-            if path.starts_with(root.join("verified")) {
+            if path.starts_with(root.join(".verified")) {
                 continue;
             }
             let journal = fs::read_to_string(path.join("journal")).unwrap_or_default();

@@ -8,8 +8,9 @@ use std::{
 
 use crate::{INITRAMFS, KERNEL, SCHEMA, VERSION, VerifyError, VersionInfo, YOUKI, verify::verify};
 
-/// Where checksums of verified files are remembered until the next boot of the host.
-const CACHE: &str = "/run/vz/verified";
+/// Where checksums of verified files are remembered until the next boot of the host. The other names there are containerd's
+/// namespaces, none of which begins with a dot.
+const CACHE: &str = "/run/vz/.verified";
 
 /// The cache for this user: what others could write there would count for us.
 pub(crate) fn cache() -> Option<PathBuf> {

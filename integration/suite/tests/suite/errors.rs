@@ -1,6 +1,6 @@
 //! What is wrong is said, at the client, with what to do; and nothing is left.
 
-use std::{fs, os::unix::fs::MetadataExt, path::Path};
+use std::{fs, os::unix::fs::MetadataExt, path::Path, thread};
 
 use vz_suite::{Lab, Skip, Verdict, command::Program, container::Container, lab::BUSYBOX, tests};
 
@@ -146,7 +146,7 @@ fn a_full_state_directory_is_said(lab: &Lab) -> Verdict {
     let busy = fs::read_dir(root)
         .expect("list /run/vz")
         .flatten()
-        .any(|entry| entry.path().is_dir() && entry.file_name() != "verified");
+        .any(|entry| entry.path().is_dir() && entry.file_name() != ".verified");
     if busy {
         return Err(Skip("somebody else's sandboxes are in /run/vz, which would be covered".into()));
     }
@@ -219,13 +219,27 @@ fn annotations_are_checked(lab: &Lab) -> Verdict {
     let annotate = |key: &str, value: &str| format!("io.containerd.vz/{key}={value}");
     refused(lab, &["--annotation", &annotate("vcpus", "many")], &["io.containerd.vz/vcpus", "many"]);
     refused(lab, &["--annotation", &annotate("no-such-key", "1")], &["io.containerd.vz/no-such-key", "known"]);
-    let size = ["--annotation", &annotate("vcpus", "2"), "--annotation", &annotate("memory-mib", "300")];
+    refused(
+        lab,
+        &["--annotation", &annotate("vcpus", "1000")],
+        &["io.containerd.vz/vcpus is 1000, must be at most", "max_vcpus"],
+    );
+    let processors = thread::available_parallelism().map_or(1, |count| count.get().min(2)).to_string();
+    let size = ["--annotation", &annotate("vcpus", &processors), "--annotation", &annotate("memory-mib", "300")];
     let script = "grep -c ^processor /proc/cpuinfo; awk '/MemTotal/ { print int($2 / 1024) }' /proc/meminfo";
     let said = lab.ctr_run(&["--rm"]).args(size).args([BUSYBOX, &lab.id("size"), "sh", "-c", script]).run().ok();
     let (cpus, memory) = said.split_once('\n').expect("two lines");
     let memory: u32 = memory.parse().expect("a number");
-    assert!(cpus == "2" && (200..=300).contains(&memory), "{said}");
+    assert!(cpus == processors && (200..=300).contains(&memory), "{said}");
+    {
+        let _guard = lab.configure("[vm]\nmax_memory_mib = 200\n");
+        refused(
+            lab,
+            &["--annotation", &annotate("memory-mib", "300")],
+            &["io.containerd.vz/memory-mib is 300, must be at most 200", "vm.max_memory_mib"],
+        );
+    }
     let _guard = lab.configure("annotations = []\n");
-    refused(lab, &["--annotation", &annotate("vcpus", "2")], &["io.containerd.vz/vcpus", "allowed"]);
+    refused(lab, &["--annotation", &annotate("vcpus", "1")], &["io.containerd.vz/vcpus", "allowed"]);
     Ok(())
 }

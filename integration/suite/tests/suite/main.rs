@@ -13,6 +13,7 @@ mod escape;
 mod events;
 mod exec;
 mod files;
+mod host_side;
 mod hostile;
 mod lifecycle;
 mod linux;
@@ -43,6 +44,7 @@ fn main() -> ExitCode {
         errors::TESTS,
         escape::TESTS,
         hostile::TESTS,
+        host_side::TESTS,
         metal::TESTS,
         cli::TESTS,
         oci::TESTS,

@@ -34,15 +34,15 @@ tests![
 ];
 
 /// A container of `ctr run --config`, which lets a test write the spec.
-struct Custom<'l> {
+pub(crate) struct Custom<'l> {
     lab: &'l Lab,
-    id: String,
-    dir: tempfile::TempDir,
+    pub(crate) id: String,
+    pub(crate) dir: tempfile::TempDir,
 }
 
 impl<'l> Custom<'l> {
     #[track_caller]
-    fn new(lab: &'l Lab, what: &str) -> Self {
+    pub(crate) fn new(lab: &'l Lab, what: &str) -> Self {
         let dir = lab.dir();
         let rootfs = dir.path().join("rootfs");
         fs::create_dir(&rootfs).expect("make a directory");
@@ -51,18 +51,24 @@ impl<'l> Custom<'l> {
     }
 
     /// A file of the host for hooks to write to.
-    fn said(&self) -> String {
+    pub(crate) fn said(&self) -> String {
         self.dir.path().join("said").display().to_string()
     }
 
     /// `ctr run` with these hooks, of this script.
     #[track_caller]
-    fn run(&self, flags: &[&str], hooks: &Value, script: &str) -> Program {
+    pub(crate) fn run(&self, flags: &[&str], hooks: &Value, script: &str) -> Program {
+        self.run_edited(flags, script, |spec| spec["hooks"] = hooks.clone())
+    }
+
+    /// `ctr run` of this script, with changes to the spec.
+    #[track_caller]
+    pub(crate) fn run_edited(&self, flags: &[&str], script: &str, edit: impl FnOnce(&mut Value)) -> Program {
         let mut spec: Value = serde_json::from_str(&self.lab.ctr(&["oci", "spec"]).run().ok()).expect("a spec is JSON");
         spec["root"] = json!({ "path": self.dir.path().join("rootfs") });
         spec["process"]["args"] = json!(["sh", "-c", script]);
         spec["process"]["terminal"] = json!(false);
-        spec["hooks"] = hooks.clone();
+        edit(&mut spec);
         // Without an id, the client names the directory that all of its containers' cgroups are in.
         spec["linux"]["cgroupsPath"] = json!(format!("/default/{}", self.id));
         let config = self.dir.path().join("config.json");
@@ -81,7 +87,7 @@ impl Drop for Custom<'_> {
 }
 
 /// A hook that is a shell's script.
-fn hook(script: &str) -> Value {
+pub(crate) fn hook(script: &str) -> Value {
     json!({ "path": "/bin/sh", "args": ["hook", "-c", script], "env": ["PATH=/usr/sbin:/usr/bin:/sbin:/bin", "SAID=yes"] })
 }
 

@@ -12,8 +12,8 @@ use std::{
 
 use vz_sys::tsc::{Sample, stated_khz};
 
-/// On a file system that a reboot empties.
-const FIRST_SAMPLE: &str = "/run/vz/tsc";
+/// On a file system that a reboot empties. A namespace of containerd has no name with a dot in front.
+const FIRST_SAMPLE: &str = "/run/vz/.tsc";
 /// Samples are off by well under a microsecond: the least time apart for some ten parts in a million.
 const APART: Duration = Duration::from_millis(20);
 /// Far more than clocks drift apart: beyond it, the counter was reset or has another frequency now.
