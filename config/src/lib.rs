@@ -133,6 +133,8 @@ pub struct Timeouts {
     pub drain_s: u64,
     /// For a hook whose spec sets no timeout.
     pub hook_s: u64,
+    /// How long the host's file systems may take when a container's mounts are made or taken away.
+    pub files_s: u64,
 }
 
 /// `[qemu]`
@@ -197,7 +199,7 @@ impl Default for Vm {
 
 impl Default for Timeouts {
     fn default() -> Self {
-        Self { boot_s: 30, agent_s: 30, drain_s: 10, hook_s: 300 }
+        Self { boot_s: 30, agent_s: 30, drain_s: 10, hook_s: 300, files_s: 20 }
     }
 }
 
@@ -376,6 +378,7 @@ impl Config {
         check("timeouts.agent_s", self.timeouts.agent_s, 1, 3600, "from 1 to 3600")?;
         check("timeouts.drain_s", self.timeouts.drain_s, 0, 3600, "at most 3600")?;
         check("timeouts.hook_s", self.timeouts.hook_s, 1, 86_400, "from 1 to 86400")?;
+        check("timeouts.files_s", self.timeouts.files_s, 1, 3600, "from 1 to 3600")?;
         check("console.limit_kib", self.console.limit_kib, 4, 1 << 20, "from 4 to 1048576")
     }
 }

@@ -12,18 +12,23 @@ use std::{
     ffi::CString,
     io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
-    path::{Path, PathBuf},
+    path::Path,
     process::ExitCode,
+    time::Duration,
 };
 
 use nix::{
     errno::Errno,
+    fcntl::OFlag,
     mount::{MntFlags, MsFlags, mount, umount2},
     sched::{CloneFlags, setns},
-    unistd::{Pid, chdir, pivot_root},
+    sys::{signal::Signal, wait::WaitStatus},
+    unistd::{Pid, chdir, fchdir, pivot_root},
 };
+use tokio::io::unix::AsyncFd;
 use vz_sys::{
     channel::Channel,
+    mount as sys,
     process::{Command, Process, Steps, inherited_fd},
 };
 
@@ -31,6 +36,10 @@ use vz_sys::{
 const CHANNEL_FD: i32 = 3;
 /// Descriptor of the network namespace that it enters.
 const NETNS_FD: i32 = 4;
+/// Descriptor of the detached mounts that become its root.
+const ROOTFS_FD: i32 = 5;
+/// How long it may take to be ready: a few system calls, of which those on the root file system may be held up.
+const READY_DEADLINE: Duration = Duration::from_secs(10);
 const READY: &[u8] = b"ready";
 
 /// Why there is no anchor.
@@ -40,10 +49,10 @@ pub enum Error {
     #[error("start anchor process")]
     Spawn(#[source] io::Error),
     /// It could not enter the root file system.
-    #[error("anchor process in {rootfs}: {reason}")]
+    #[error("anchor process in the root file system of container {id}: {reason}")]
     Enter {
-        /// The container's root file system.
-        rootfs: PathBuf,
+        /// The container.
+        id: String,
         /// What it said.
         reason: String,
     },
@@ -52,42 +61,53 @@ pub enum Error {
 /// A running anchor; dropping it ends the process.
 #[derive(Debug)]
 pub struct Anchor {
-    process: Process,
+    pid: i32,
+    process: Option<Process>,
     channel: Option<Channel>,
 }
 
 impl Anchor {
-    /// Starts one with `rootfs` as its root, in the network namespace `netns`. `admit` is called with its pid before it
-    /// does anything.
-    pub fn start(rootfs: &Path, netns: BorrowedFd<'_>, admit: &dyn Fn(Pid) -> io::Result<()>) -> Result<Self, Error> {
-        let enter = |reason: String| Error::Enter { rootfs: rootfs.to_owned(), reason };
+    /// Starts the one of container `id`, with the detached mounts `rootfs` as its root, in the network namespace `netns`.
+    /// `admit` is called with its pid before it does anything.
+    pub async fn start(
+        id: &str,
+        rootfs: OwnedFd,
+        netns: BorrowedFd<'_>,
+        admit: &(dyn Fn(Pid) -> io::Result<()> + Sync),
+    ) -> Result<Self, Error> {
+        let enter = |reason: String| Error::Enter { id: id.to_owned(), reason };
         let (ours, theirs) = Channel::pair().map_err(Error::Spawn)?;
-        let rootfs_arg = path_arg(rootfs).map_err(Error::Spawn)?;
+        ours.set_nonblocking(true).map_err(Error::Spawn)?;
+        let name = CString::new(id).map_err(|e| Error::Spawn(e.into()))?;
         let process = Command {
             program: c"/proc/self/exe".into(),
-            args: vec![c"vz-anchor".into(), c"anchor".into(), rootfs_arg],
+            // The name is for people who look at the list of processes.
+            args: vec![c"vz-anchor".into(), c"anchor".into(), name],
             env: Vec::new(),
-            fds: vec![(theirs.as_fd(), CHANNEL_FD), (netns, NETNS_FD)],
+            fds: vec![(theirs.as_fd(), CHANNEL_FD), (netns, NETNS_FD), (rootfs.as_fd(), ROOTFS_FD)],
             namespaces: CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWPID,
             // Its channel tells.
             outlives_parent: true,
         }
         .spawn_with(Steps { parent: Some(admit), ..Steps::default() })
         .map_err(Error::Spawn)?;
-        drop(theirs);
-        let anchor = Self { process, channel: Some(ours) };
-        // It answers within a few system calls, or its end of file does.
-        match anchor.channel.as_ref().map(Channel::recv) {
-            Some(Ok(Some(message))) if message.bytes == READY => Ok(anchor),
-            Some(Ok(Some(message))) => Err(enter(String::from_utf8_lossy(&message.bytes).into_owned())),
-            Some(Ok(None)) | None => Err(enter("it died".into())),
-            Some(Err(e)) => Err(enter(e.to_string())),
+        drop((theirs, rootfs));
+        let mut anchor = Self { pid: process.pid().as_raw(), process: Some(process), channel: None };
+        let ours = crate::fd::watch(ours).map_err(Error::Spawn)?;
+        let said = tokio::time::timeout(READY_DEADLINE, receive(&ours)).await;
+        anchor.channel = Some(ours.into_inner());
+        match said {
+            Ok(Ok(Some(message))) if message == READY => Ok(anchor),
+            Ok(Ok(Some(message))) => Err(enter(String::from_utf8_lossy(&message).into_owned())),
+            Ok(Ok(None)) => Err(enter("it died".into())),
+            Ok(Err(e)) => Err(enter(e.to_string())),
+            Err(_) => Err(enter(format!("not ready after {} s", READY_DEADLINE.as_secs()))),
         }
     }
 
     /// Its pid on the host.
     pub fn pid(&self) -> i32 {
-        self.process.pid().as_raw()
+        self.pid
     }
 
     /// Something to hold: the process stays while it is open, if the shim has died.
@@ -102,22 +122,47 @@ impl Anchor {
 impl Drop for Anchor {
     fn drop(&mut self) {
         drop(self.channel.take());
-        if let Err(error) = self.process.kill(nix::sys::signal::Signal::SIGKILL).and_then(|()| self.process.wait()) {
-            tracing::error!(%error, pid = self.pid(), "end anchor process");
+        let Some(process) = self.process.take() else { return };
+        let pid = self.pid;
+        let failed = move |error: io::Error| tracing::error!(%error, pid, "end anchor process");
+        match process.kill(Signal::SIGKILL).and_then(|()| process.try_wait()) {
+            // It dies as soon as the kernel gets to it, which may be when a file system answers. Nobody waits for that here.
+            Ok(WaitStatus::StillAlive) => {
+                let reap = async move {
+                    let ended = async {
+                        let process = crate::fd::watch(process)?;
+                        process.readable().await?.retain_ready();
+                        process.get_ref().wait()
+                    };
+                    ended.await.map(drop).unwrap_or_else(failed);
+                };
+                // Without a runtime the shim is about to end, and init reaps.
+                if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+                    drop(runtime.spawn(reap));
+                }
+            }
+            Ok(_) => {}
+            Err(error) => failed(error),
         }
     }
 }
 
-fn path_arg(path: &Path) -> io::Result<CString> {
-    use std::os::unix::ffi::OsStrExt;
-    Ok(CString::new(path.as_os_str().as_bytes())?)
+async fn receive(channel: &AsyncFd<Channel>) -> io::Result<Option<Vec<u8>>> {
+    loop {
+        let mut ready = channel.readable().await?;
+        if let Ok(received) = ready.try_io(|channel| channel.get_ref().recv()) {
+            return Ok(received?.map(|message| message.bytes));
+        }
+    }
 }
 
-/// The process itself: `anchor ROOTFS`.
-pub fn main(rootfs: &Path) -> ExitCode {
+/// The process itself: `anchor NAME`.
+pub fn main() -> ExitCode {
     let Ok(channel) = inherited_fd(CHANNEL_FD).map(Channel::from_fd) else { return ExitCode::FAILURE };
-    let entered =
-        inherited_fd(NETNS_FD).map_err(|e| ("find network namespace", e)).and_then(|netns| enter(rootfs, netns));
+    let entered = inherited_fd(NETNS_FD)
+        .and_then(|netns| Ok((netns, inherited_fd(ROOTFS_FD)?)))
+        .map_err(|e| ("find what it is to enter", e))
+        .and_then(|(netns, rootfs)| enter(&rootfs, netns));
     let said = match entered {
         Ok(()) => channel.send(READY, &[]),
         Err((step, error)) => channel.send(format!("{step}: {error}").as_bytes(), &[]),
@@ -129,21 +174,26 @@ pub fn main(rootfs: &Path) -> ExitCode {
     }
 }
 
-fn enter(rootfs: &Path, netns: OwnedFd) -> Result<(), (&'static str, io::Error)> {
+/// Makes the detached mounts `rootfs` this process's root, and leaves every other mount behind: none is kept busy by it.
+fn enter(rootfs: &OwnedFd, netns: OwnedFd) -> Result<(), (&'static str, io::Error)> {
     const NONE: Option<&str> = None;
     let step = |name: &'static str| move |e: Errno| (name, io::Error::from(e));
     nix::sys::prctl::set_name(c"vz-anchor").map_err(step("set name"))?;
     setns(netns, CloneFlags::CLONE_NEWNET).map_err(step("enter network namespace"))?;
     mount(NONE, "/", NONE, MsFlags::MS_PRIVATE | MsFlags::MS_REC, NONE).map_err(step("make mounts private"))?;
-    // Everything but the root file system leaves this namespace, so that nothing else is kept busy by it.
-    chdir(rootfs).map_err(step("enter"))?;
+    // Over the old root, which nothing in the image can name.
+    sys::attach(rootfs.as_fd(), Path::new("/")).map_err(|e| ("attach root file system", e))?;
+    fchdir(rootfs).map_err(step("enter root file system"))?;
     pivot_root(".", ".").map_err(step("pivot root"))?;
     umount2(".", MntFlags::MNT_DETACH).map_err(step("detach old root"))?;
     chdir("/").map_err(step("enter root"))?;
-    let flags = MsFlags::MS_NODEV | MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC;
-    match mount(Some("proc"), "/proc", Some("proc"), flags, NONE) {
+    let place = sys::open_beneath(rootfs.as_fd(), Path::new("proc"), OFlag::O_PATH | OFlag::O_DIRECTORY);
+    let place = match place {
+        Ok(place) => place,
         // An image without the directory (the guest has its own), or one that is a link in it.
-        Err(Errno::ENOENT | Errno::ENOTDIR) => Ok(()),
-        other => other.map_err(step("mount proc")),
-    }
+        Err(e) if matches!(e.raw_os_error(), Some(libc::ENOENT | libc::ENOTDIR | libc::ELOOP)) => return Ok(()),
+        Err(e) => return Err(("open proc", e)),
+    };
+    let proc = sys::proc().map_err(|e| ("make proc", e))?;
+    sys::attach_at(proc.as_fd(), place.as_fd()).map_err(|e| ("mount proc", e))
 }

@@ -3,9 +3,12 @@
 //! nothing, and is taken out; elsewhere it is refused, for a container that misses files fails later, and nobody knows why.
 
 use std::{
-    fs, io,
+    io,
+    os::fd::BorrowedFd,
     path::{Component, Path, PathBuf},
 };
+
+use nix::{dir::Dir, fcntl::OFlag};
 
 use oci_spec::runtime::Spec;
 
@@ -31,7 +34,7 @@ pub enum Error {
 }
 
 /// Takes the option out of a spec, given the mounted root file system.
-pub fn settle(spec: &mut Spec, rootfs: &Path) -> Result<(), Error> {
+pub fn settle(spec: &mut Spec, rootfs: BorrowedFd<'_>) -> Result<(), Error> {
     for mount in spec.mounts_mut().iter_mut().flatten() {
         let Some(options) = mount.options().clone().filter(|all| all.iter().any(|option| option == OPTION)) else {
             continue;
@@ -45,31 +48,37 @@ pub fn settle(spec: &mut Spec, rootfs: &Path) -> Result<(), Error> {
 }
 
 /// Whether an image has nothing at a path: no such directory, or an empty one. A link on the way may lead anywhere, and is not
-/// followed: it counts as something.
-fn is_empty(rootfs: &Path, destination: &Path) -> Result<bool, Error> {
-    let mut path = rootfs.to_owned();
-    for part in destination.components() {
-        match part {
-            Component::Normal(name) => path.push(name),
-            Component::ParentDir => return Ok(false),
-            _ => continue,
-        }
-        match fs::symlink_metadata(&path) {
-            Ok(meta) if meta.is_dir() => {}
-            Ok(_) => return Ok(false),
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(true),
-            Err(source) => return Err(Error::Look { path, source }),
-        }
+/// followed: it counts as something, and so does `..`.
+fn is_empty(rootfs: BorrowedFd<'_>, destination: &Path) -> Result<bool, Error> {
+    let look = |source: io::Error| Error::Look { path: destination.to_owned(), source };
+    if destination.components().any(|part| part == Component::ParentDir) {
+        return Ok(false);
     }
-    match fs::read_dir(&path) {
-        Ok(mut entries) => Ok(entries.next().is_none()),
-        Err(source) => Err(Error::Look { path, source }),
+    let below = destination.strip_prefix("/").unwrap_or(destination);
+    let below = if below.as_os_str().is_empty() { Path::new(".") } else { below };
+    match vz_sys::mount::open_beneath(rootfs, below, OFlag::O_RDONLY | OFlag::O_DIRECTORY) {
+        Ok(dir) => {
+            let mut dir = Dir::from_fd(dir).map_err(|e| look(e.into()))?;
+            for entry in dir.iter() {
+                let entry = entry.map_err(|e| look(e.into()))?;
+                if !matches!(entry.file_name().to_bytes(), b"." | b"..") {
+                    return Ok(false);
+                }
+            }
+            Ok(true)
+        }
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(true),
+        Err(e) if matches!(e.raw_os_error(), Some(libc::ELOOP | libc::ENOTDIR)) => Ok(false),
+        Err(e) => Err(look(e)),
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::symlink;
+    use std::{
+        fs::{self, File},
+        os::{fd::AsFd, unix::fs::symlink},
+    };
 
     use serde_json::json;
 
@@ -84,7 +93,7 @@ mod tests {
         let settled = |destination: &str| {
             let mount = json!({ "destination": destination, "type": "tmpfs", "source": "tmpfs", "options": ["rw", "tmpcopyup"] });
             let mut spec: Spec = serde_json::from_value(json!({ "ociVersion": "1.0.2", "mounts": [mount] })).unwrap();
-            settle(&mut spec, rootfs.path())
+            settle(&mut spec, File::open(rootfs.path()).unwrap().as_fd())
                 .map(|()| serde_json::to_value(spec).unwrap()["mounts"][0]["options"].clone())
         };
         for destination in ["/empty", "/none", "/none/below", "/full/inner"] {

@@ -1,6 +1,10 @@
 //! How a container comes to be and is taken away, step by step, with one way back from each step.
 
-use std::{path::Path, sync::Arc};
+use std::{
+    os::fd::{AsFd, OwnedFd},
+    path::Path,
+    sync::Arc,
+};
 
 use containerd_shim_protos::api::CreateTaskRequest;
 use nix::unistd::Pid;
@@ -20,10 +24,11 @@ use crate::{
     journal::Resource,
     names::{Names, Source},
     network,
+    offload::{self, Doing},
     oom::Score,
     sandbox::{Sandbox, read_spec},
     service::process_request,
-    spec,
+    spec::{self, Plan, ReadOnly},
 };
 
 /// Makes a container that is ready to be started. After a failure nothing of it is left.
@@ -62,7 +67,7 @@ async fn undo(sandbox: &Arc<Sandbox>, id: &str) {
             }
         }
         Err(_) => {
-            if let Err(error) = sandbox.share.remove(id) {
+            if let Err(error) = remove_files(sandbox, id).await {
                 tracing::error!(container = id, error = chain(&error), "undo create");
             }
             sandbox.remove(id);
@@ -70,28 +75,66 @@ async fn undo(sandbox: &Arc<Sandbox>, id: &str) {
     }
 }
 
-/// Everything on the host: root file system, volumes, anchor, hooks.
-async fn host_side(sandbox: &Arc<Sandbox>, request: &CreateTaskRequest) -> Result<(Container, Vec<u8>), Error> {
+/// What the host's file systems have been asked for.
+struct Files {
+    plan: Plan,
+    /// The root file system for the anchor.
+    rootfs: OwnedFd,
+    /// Files that are followed when their owner replaces them.
+    names: Vec<Source>,
+    score: Score,
+}
+
+/// Mounts the root file system and the volumes. Each step may hang where a file system does.
+fn mount_files(sandbox: &Sandbox, request: &CreateTaskRequest, doing: &Doing) -> Result<Files, Error> {
     let bundle = Path::new(&request.bundle);
+    doing.now(format!("read the spec in {}", bundle.display()));
     let spec = read_spec(bundle)?;
-    let annotations = spec::annotations(&spec);
     let score = Score::of(&spec)?;
     sandbox.network.check(&spec)?;
     let root = spec.root().as_ref().map(|root| bundle.join(root.path())).unwrap_or_default();
     let disks = sandbox.disks_of(&request.id);
+    doing.now("look at the sources of mounts");
     disks::refuse_others(&spec, disks)?;
-    let mut plan = spec::plan(spec, &request.id, disks)?;
+    let looking = |source: &Path| doing.now(format!("look at {}", source.display()));
+    let mut plan = spec::plan(spec, &request.id, disks, &looking)?;
+    let place = sandbox.share.place(&request.id)?;
+    doing.now("mount the root file system");
+    place.mount_rootfs(&request.rootfs, &root)?;
+    copyup::settle(&mut plan.guest, place.rootfs()?.as_fd())?;
+    let mut names = Vec::new();
+    // Each source's descriptor is closed as soon as it is bound: it would keep the host from unmounting.
+    for bind in plan.binds.drain(..) {
+        doing.now(format!("bind {}", bind.source.display()));
+        let bound = place.bind(&bind)?;
+        if bind.is_name {
+            names.push(Source { path: bind.source, bound, readonly: bind.readonly != ReadOnly::No });
+        }
+    }
+    Ok(Files { plan, rootfs: place.rootfs_tree()?, names, score })
+}
+
+/// Takes a container's mounts away.
+async fn remove_files(sandbox: &Arc<Sandbox>, id: &str) -> Result<(), Error> {
+    let (sandbox, id) = (Arc::clone(sandbox), id.to_owned());
+    let deadline = sandbox.files_deadline();
+    offload::run(deadline, move |doing| {
+        doing.now(format!("unmount the file systems of container {id}"));
+        Ok(sandbox.share.remove(&id)?)
+    })
+    .await
+}
+
+/// Everything on the host: root file system, volumes, anchor, hooks.
+async fn host_side(sandbox: &Arc<Sandbox>, request: &CreateTaskRequest) -> Result<(Container, Vec<u8>), Error> {
+    let bundle = Path::new(&request.bundle);
+    let Files { plan, rootfs, names, score } = {
+        let (sandbox, request) = (Arc::clone(sandbox), request.clone());
+        offload::run(sandbox.files_deadline(), move |doing| mount_files(&sandbox, &request, doing)).await?
+    };
+    let annotations = spec::annotations(&plan.guest);
     for field in &plan.dropped {
         tracing::info!(container = request.id, field, "has no meaning in a vm, is left out");
-    }
-    sandbox.share.mount_rootfs(&request.id, &request.rootfs, &root)?;
-    copyup::settle(&mut plan.guest, &sandbox.share.rootfs(&request.id))?;
-    let mut names = Vec::new();
-    for bind in &plan.binds {
-        let bound = sandbox.share.bind(bind)?;
-        if bind.is_name {
-            names.push(Source { path: bind.source.clone(), bound, readonly: bind.readonly });
-        }
     }
     let names = Names::keep(names).await.unwrap_or_else(|error| {
         // The host's limit of inotify instances, most likely (fs.inotify.max_user_instances). Writing in place works.
@@ -102,7 +145,7 @@ async fn host_side(sandbox: &Arc<Sandbox>, request: &CreateTaskRequest) -> Resul
         score.set(pid)?;
         sandbox.cgroup.as_ref().map_or(Ok(()), |cgroup| cgroup.add(pid.as_raw()).map_err(std::io::Error::other))
     };
-    let anchor = Anchor::start(&sandbox.share.rootfs(&request.id), sandbox.network.netns(), &admit)?;
+    let anchor = Anchor::start(&request.id, rootfs, sandbox.network.netns(), &admit).await?;
     sandbox.journal.process("anchor", anchor.pid())?;
     let hold = anchor.hold().map_err(|source| Error::Anchor(crate::anchor::Error::Spawn(source)))?;
     let context = Context {
@@ -276,7 +319,7 @@ pub async fn delete(sandbox: &Arc<Sandbox>, container: &Arc<Container>) -> Resul
         sandbox.end_vm().await;
         sandbox.network.undo(&sandbox.journal)?;
     }
-    sandbox.share.remove(&container.id)?;
+    remove_files(sandbox, &container.id).await?;
     finish_hooks(sandbox, container).await;
     Ok(())
 }

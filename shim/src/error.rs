@@ -51,6 +51,14 @@ pub enum Error {
     /// The agent did not answer in time.
     #[error("the guest agent did not answer {0} in time")]
     AgentTimeout(&'static str),
+    /// A file system of the host's does not answer.
+    #[error("{what}: the file system did not answer for {seconds} s")]
+    Stuck {
+        /// What was tried.
+        what: String,
+        /// How long it was waited for.
+        seconds: u64,
+    },
     /// The agent refused, with its own code and words.
     #[error("{message}")]
     Agent {
@@ -128,7 +136,7 @@ impl Error {
             | Self::Cgroup(crate::cgroup::Error::Path(_)) => Code::INVALID_ARGUMENT,
             Self::Unimplemented(_) => Code::UNIMPLEMENTED,
             Self::Sandbox(_) => Code::UNAVAILABLE,
-            Self::AgentTimeout(_) => Code::DEADLINE_EXCEEDED,
+            Self::AgentTimeout(_) | Self::Stuck { .. } => Code::DEADLINE_EXCEEDED,
             Self::Agent { code, .. } => *code,
             _ => Code::UNKNOWN,
         }

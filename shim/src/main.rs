@@ -4,7 +4,7 @@
 //! (without an action), and re-executed by that daemon as its VM's process (`vmm`) and a container's pid on the host
 //! (`anchor`).
 
-use std::{env, path::Path, process::ExitCode};
+use std::{env, process::ExitCode};
 
 mod agent;
 mod anchor;
@@ -26,6 +26,7 @@ mod log;
 mod logger;
 mod names;
 mod network;
+mod offload;
 mod oom;
 mod reach;
 mod sandbox;
@@ -39,7 +40,7 @@ fn main() -> ExitCode {
     let args: Vec<_> = env::args_os().collect();
     match (args.get(1).and_then(|arg| arg.to_str()), args.get(2)) {
         (Some("vmm"), None) => vz_machine::vmm::main(),
-        (Some("anchor"), Some(rootfs)) => anchor::main(Path::new(rootfs)),
+        (Some("anchor"), Some(_)) => anchor::main(),
         _ => bootstrap::main(&args[1..]),
     }
 }

@@ -159,7 +159,7 @@ pub fn prepare(
         vcpus,
         memory_mib,
         guest_bundle,
-        share: share.root().to_owned(),
+        share: share.path().to_owned(),
         share_tag: SHARE_TAG.into(),
         state_dir: journal.path().to_owned(),
         guest_ports: vec![CONTROL_PORT, LOG_PORT],
@@ -260,6 +260,11 @@ impl Sandbox {
     /// How long a process's output is waited for after its end.
     pub fn drain_deadline(&self) -> Duration {
         Duration::from_secs(self.config.timeouts.drain_s)
+    }
+
+    /// How long the host's file systems may take to answer.
+    pub fn files_deadline(&self) -> Duration {
+        Duration::from_secs(self.config.timeouts.files_s)
     }
 
     /// A container.

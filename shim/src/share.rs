@@ -1,27 +1,56 @@
 //! The directory that the guest sees: one tmpfs per sandbox, in the shim's private mount namespace, with each
-//! container's root file system and volumes bound below it.
+//! container's root file system and volumes mounted below it.
 //!
-//! The tmpfs is a shared mount, so that what is bound later appears in the vmm's namespace, which is its slave. Nothing
+//! ```text
+//! share/<container>/rootfs    the root file system
+//! share/<container>/mount<N>  a volume, or a single file
+//! ```
+//!
+//! The tmpfs is a shared mount, so that what is mounted later appears in the vmm's namespace, which is its slave. Nothing
 //! here is visible to the host, and all of it ends with the last process of the sandbox.
+//!
+//! Threat: the guest reads and writes below every mount while the shim adds others. The tmpfs itself is read-only for the
+//! vmm (`vz_jail::enter_root`), so the guest cannot change the names that the shim uses. The shim does not rely on that:
+//! it goes from the tmpfs's descriptor by single names, follows no link, and attaches every mount by descriptor. No name
+//! of the guest's is resolved in the host's root.
 
 use std::{
-    fs::{self, DirBuilder, File},
+    collections::HashMap,
+    fs::{self, DirBuilder},
     io,
     os::{
-        fd::{AsFd, OwnedFd},
-        unix::fs::DirBuilderExt,
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::fs::{DirBuilderExt, OpenOptionsExt},
     },
     path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU32, Ordering},
+    },
 };
 
 use containerd_shim_protos::types::mount::Mount;
 use nix::{
-    mount::{MntFlags, MsFlags, mount, umount2},
+    dir::Dir,
+    errno::Errno,
+    fcntl::{OFlag, openat},
+    mount::{MsFlags, mount},
     sched::{CloneFlags, unshare},
+    sys::stat::{Mode, mkdirat},
+    unistd::{UnlinkatFlags, unlinkat},
 };
 use vz_sys::mount as sys;
 
-use crate::spec::{Bind, rootfs_name, share_name};
+use crate::spec::{Bind, Propagation};
+
+/// Name of a container's root file system in its directory.
+pub const ROOTFS: &str = "rootfs";
+/// What a mount that the guest reaches never does on the host: the guest has its own devices, programs and privileges.
+const HARMLESS: u64 = libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NOEXEC;
+/// The same for mount(8), after all other options.
+const HARMLESS_OPTIONS: [&str; 3] = ["nodev", "nosuid", "noexec"];
+/// Bytes of options that mount(2) takes: a page, less its own bookkeeping.
+const MOST_OPTIONS: usize = 4096 - 512;
 
 /// Why something could not be shared. Each names the path.
 #[derive(Debug, thiserror::Error)]
@@ -49,63 +78,131 @@ pub enum Error {
         /// Why not.
         source: containerd_shim::Error,
     },
+    /// An overlay of more layers than fit into one mount.
+    #[error("mount rootfs: options of {0} bytes are too long for mount(2): the image has too many layers")]
+    Options(usize),
+    /// A container's id is no name of a directory.
+    #[error("container id {0:?} is not a file name")]
+    Id(String),
+    /// The container was deleted meanwhile.
+    #[error("the container was deleted while it was created")]
+    Gone,
 }
 
-fn at(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error {
-    move |source| Error::Path { action, path: path.to_owned(), source }
+fn at<E: Into<io::Error>>(action: &'static str, path: &Path) -> impl FnOnce(E) -> Error {
+    move |e| Error::Path { action, path: path.to_owned(), source: e.into() }
 }
 
 /// The share of a sandbox.
 #[derive(Debug)]
 pub struct Share {
-    root: PathBuf,
+    path: PathBuf,
+    root: OwnedFd,
+    places: Mutex<HashMap<String, Arc<Mutex<bool>>>>,
+    /// Mount points that are in use for a moment, numbered.
+    stages: AtomicU32,
+}
+
+/// A container's directory in the share. What is mounted there goes when the share removes the container.
+#[derive(Debug)]
+pub struct Place<'s> {
+    share: &'s Share,
+    path: PathBuf,
+    dir: OwnedFd,
+    /// False as soon as the container is removed: a mount that comes late is then refused.
+    live: Arc<Mutex<bool>>,
 }
 
 impl Share {
-    /// Moves this process into a mount namespace of its own, and makes an empty share at `root` in it.
+    /// Moves this process into a mount namespace of its own, and makes an empty share at `path` in it.
     ///
     /// The process must be single-threaded still. The host's mounts keep coming in; none of ours goes out.
-    pub fn create(root: PathBuf) -> Result<Self, Error> {
+    pub fn create(path: PathBuf) -> Result<Self, Error> {
         const NONE: Option<&str> = None;
         unshare(CloneFlags::CLONE_NEWNS).map_err(|e| Error::Namespace(e.into()))?;
         mount(NONE, "/", NONE, MsFlags::MS_SLAVE | MsFlags::MS_REC, NONE).map_err(|e| Error::Namespace(e.into()))?;
-        fs::create_dir(&root).map_err(at("make", &root))?;
-        let flags = MsFlags::MS_NODEV | MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC;
-        mount(Some("vz-share"), &root, Some("tmpfs"), flags, Some("mode=755,size=16m"))
-            .map_err(|e| at("mount tmpfs at", &root)(e.into()))?;
-        mount(NONE, &root, NONE, MsFlags::MS_SHARED, NONE).map_err(|e| at("share", &root)(e.into()))?;
-        Ok(Self { root })
+        Self::mount_at(path)
     }
 
-    /// Its root, on the host.
-    pub fn root(&self) -> &Path {
-        &self.root
+    /// Makes the share's file system at `path`, in this mount namespace.
+    fn mount_at(path: PathBuf) -> Result<Self, Error> {
+        fs::create_dir(&path).map_err(at("make", &path))?;
+        // Mount points only: each takes an inode and no byte.
+        let options = [("mode", "755"), ("size", "64k"), ("nr_inodes", "16k")];
+        let root = sys::tmpfs("vz-share", &options).map_err(at("make tmpfs for", &path))?;
+        sys::attach(root.as_fd(), &path).map_err(at("mount tmpfs at", &path))?;
+        sys::set_propagation(root.as_fd(), MsFlags::MS_SHARED.bits(), false).map_err(at("share", &path))?;
+        Ok(Self { path, root, places: Mutex::default(), stages: AtomicU32::default() })
     }
 
-    /// Where a container's root file system is, on the host, in the shim's namespace.
-    pub fn rootfs(&self, container: &str) -> PathBuf {
-        self.root.join(rootfs_name(container))
+    /// Where the vmm finds it.
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 
-    /// Makes a container's directory, and mounts its root file system from containerd's mounts; without mounts, binds
-    /// `fallback`, the directory that its spec names.
-    pub fn mount_rootfs(&self, container: &str, mounts: &[Mount], fallback: &Path) -> Result<(), Error> {
-        let target = self.rootfs(container);
-        DirBuilder::new().recursive(true).mode(0o755).create(&target).map_err(at("make", &target))?;
-        if mounts.is_empty() {
-            return self.attach(fallback, &target, false, true).map(drop);
+    /// Makes a container's directory.
+    pub fn place(&self, container: &str) -> Result<Place<'_>, Error> {
+        let name = Path::new(container);
+        if !is_name(name) {
+            return Err(Error::Id(container.to_owned()));
         }
-        for mount in mounts {
-            let target = if mount.target.is_empty() {
-                target.clone()
-            } else {
-                target.join(mount.target.trim_start_matches('/'))
+        let path = self.path.join(name);
+        let live = Arc::new(Mutex::new(true));
+        lock(&self.places).insert(container.to_owned(), Arc::clone(&live));
+        match mkdirat(&self.root, name, Mode::from_bits_truncate(0o755)) {
+            Ok(()) | Err(Errno::EEXIST) => {}
+            Err(e) => return Err(at("make", &path)(e)),
+        }
+        let dir = open_dir(self.root.as_fd(), name).map_err(at("open", &path))?;
+        Ok(Place { share: self, path, dir, live })
+    }
+
+    /// Takes a container's mounts away, the last first, and its directory. Nothing of a file system is removed.
+    ///
+    /// A mount that a file system holds up comes to nothing from now on.
+    pub fn remove(&self, container: &str) -> Result<(), Error> {
+        let live = lock(&self.places).remove(container);
+        let mut live = live.as_ref().map(|live| lock(live));
+        if let Some(live) = &mut live {
+            **live = false;
+        }
+        let (name, path) = (Path::new(container), self.path.join(container));
+        let dir = match open_dir(self.root.as_fd(), name) {
+            Ok(dir) => dir,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(e) => return Err(at("open", &path)(e)),
+        };
+        for entry in names(dir.as_fd()).map_err(at("list", &path))? {
+            let path = path.join(&entry);
+            while sys::detach_below(dir.as_fd(), &entry).map_err(at("unmount", &path))? {}
+            let removed = match unlinkat(&dir, &entry, UnlinkatFlags::NoRemoveDir) {
+                Err(Errno::EISDIR) => unlinkat(&dir, &entry, UnlinkatFlags::RemoveDir),
+                other => other,
             };
+            removed.map_err(at("remove", &path))?;
+        }
+        unlinkat(&self.root, name, UnlinkatFlags::RemoveDir).map_err(at("remove", &path))
+    }
+
+    /// Mounts what containerd asks for, out of everybody's sight, and returns it as a detached tree.
+    fn staged(&self, mounts: &[Mount]) -> Result<OwnedFd, Error> {
+        let number = self.stages.fetch_add(1, Ordering::Relaxed);
+        let stage = Stage::make(self.path.with_file_name(format!("stage-{number}")))?;
+        for mount in mounts {
+            let root = stage.root()?;
+            let target = match mount.target.trim_start_matches('/') {
+                "" => root,
+                // A path within the image, whose links are the image's.
+                path => sys::open_in_root(root.as_fd(), Path::new(path), OFlag::O_PATH)
+                    .map_err(at("open", Path::new(&mount.target)))?,
+            };
+            let (mut options, _layers) = within_a_page(mount)?;
+            options.extend(HARMLESS_OPTIONS.map(String::from));
             containerd_shim::mount::mount_rootfs(
                 Some(mount.type_.as_str()).filter(|kind| !kind.is_empty()),
                 Some(mount.source.as_str()).filter(|source| !source.is_empty()),
-                &mount.options,
-                &target,
+                &options,
+                sys::path_of(target.as_fd()),
             )
             .map_err(|source| Error::Rootfs {
                 kind: mount.type_.clone(),
@@ -113,58 +210,404 @@ impl Share {
                 source,
             })?;
         }
-        Ok(())
+        let tree = sys::clone_tree_at(stage.root()?.as_fd(), true).map_err(at("clone", &stage.0))?;
+        sys::set_propagation(tree.as_fd(), MsFlags::MS_PRIVATE.bits(), true).map_err(at("make private", &stage.0))?;
+        Ok(tree)
+    }
+}
+
+impl Place<'_> {
+    /// Mounts the root file system from containerd's mounts; without mounts, binds `fallback`, the directory that the
+    /// container's spec names.
+    pub fn mount_rootfs(&self, mounts: &[Mount], fallback: &Path) -> Result<(), Error> {
+        let tree = if mounts.is_empty() {
+            let source = open_source(fallback).map_err(at("open", fallback))?;
+            let tree = sys::clone_tree_at(source.as_fd(), true).map_err(at("bind", fallback))?;
+            sys::set_propagation(tree.as_fd(), MsFlags::MS_SLAVE.bits(), true).map_err(at("make slave", fallback))?;
+            tree
+        } else {
+            self.share.staged(mounts)?
+        };
+        self.attach(&tree, Path::new(ROOTFS), true)
+    }
+
+    /// The mounted root file system.
+    pub fn rootfs(&self) -> Result<OwnedFd, Error> {
+        open_dir(self.dir.as_fd(), Path::new(ROOTFS)).map_err(at("open", &self.path.join(ROOTFS)))
+    }
+
+    /// The root file system's mounts once more, detached from everything, for a process that is to have them as its root.
+    pub fn rootfs_tree(&self) -> Result<OwnedFd, Error> {
+        let (rootfs, path) = (self.rootfs()?, self.path.join(ROOTFS));
+        let tree = sys::clone_tree_at(rootfs.as_fd(), true).map_err(at("clone", &path))?;
+        sys::set_propagation(tree.as_fd(), MsFlags::MS_PRIVATE.bits(), true).map_err(at("make private", &path))?;
+        Ok(tree)
     }
 
     /// Binds a volume. Returns the root of what was bound, which it stays whatever becomes of its names on the host.
     pub fn bind(&self, bind: &Bind) -> Result<OwnedFd, Error> {
-        let target = self.root.join(&bind.name);
-        let is_dir = fs::metadata(&bind.source).map_err(at("look at", &bind.source))?.is_dir();
-        if is_dir {
-            fs::create_dir(&target).map_err(at("make", &target))?;
-        } else {
-            File::create_new(&target).map_err(at("make", &target))?;
-        }
-        self.attach(&bind.source, &target, bind.readonly, bind.recursive)
-    }
-
-    fn attach(&self, source: &Path, target: &Path, readonly: bool, recursive: bool) -> Result<OwnedFd, Error> {
-        // The link, if it is one, is followed here, once, on the host.
-        let source = fs::canonicalize(source).map_err(at("resolve", source))?;
-        let tree = sys::clone_tree(&source, recursive).map_err(at("bind", &source))?;
+        let source = &bind.source;
+        let tree = sys::clone_tree_at(bind.file.as_fd(), bind.recursive).map_err(at("bind", source))?;
         // A clone of a shared mount would be its peer, and the guest's view would leak into the host's.
-        sys::set_propagation(tree.as_fd(), MsFlags::MS_SLAVE.bits(), true).map_err(at("make slave", &source))?;
-        sys::set_attributes(tree.as_fd(), libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOSUID, true)
-            .map_err(at("set nodev,nosuid on", &source))?;
-        if readonly {
-            sys::set_attributes(tree.as_fd(), libc::MOUNT_ATTR_RDONLY, false).map_err(at("set ro on", &source))?;
+        let propagation = |of: MsFlags, all| sys::set_propagation(tree.as_fd(), of.bits(), all);
+        match bind.propagation {
+            Propagation::Slave => propagation(MsFlags::MS_SLAVE, true),
+            Propagation::Private { recursive: true } => propagation(MsFlags::MS_PRIVATE, true),
+            Propagation::Private { recursive: false } => {
+                propagation(MsFlags::MS_SLAVE, true).and_then(|()| propagation(MsFlags::MS_PRIVATE, false))
+            }
         }
-        sys::attach(tree.as_fd(), target).map_err(at("attach", target))?;
+        .map_err(at("set propagation of", source))?;
+        if let Some(recursive) = bind.readonly.recursive() {
+            sys::set_attributes(tree.as_fd(), libc::MOUNT_ATTR_RDONLY, recursive).map_err(at("set ro on", source))?;
+        }
+        self.attach(&tree, &bind.name, bind.is_dir)?;
         Ok(tree)
     }
 
-    /// Takes a container's mounts away, the last first. Nothing of a file system is removed.
-    pub fn remove(&self, container: &str) -> Result<(), Error> {
-        let dir = self.root.join(share_name(container));
-        let entries = match fs::read_dir(&dir) {
-            Ok(entries) => entries,
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
-            Err(e) => return Err(at("list", &dir)(e)),
-        };
-        for entry in entries {
-            let path = entry.map_err(at("list", &dir))?.path();
-            loop {
-                match umount2(&path, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
-                    Ok(()) => {}
-                    // Not (or no longer) a mount point.
-                    Err(nix::errno::Errno::EINVAL) => break,
-                    Err(e) => return Err(at("unmount", &path)(e.into())),
-                }
-            }
-            let is_dir = fs::symlink_metadata(&path).map_err(at("look at", &path))?.is_dir();
-            let removed = if is_dir { fs::remove_dir(&path) } else { fs::remove_file(&path) };
-            removed.map_err(at("remove", &path))?;
+    /// Attaches a detached tree under a name of its own. From here on the guest sees it.
+    fn attach(&self, tree: &OwnedFd, name: &Path, is_dir: bool) -> Result<(), Error> {
+        let path = self.path.join(name);
+        sys::set_attributes(tree.as_fd(), HARMLESS, true).map_err(at("set nodev,nosuid,noexec on", &path))?;
+        let live = lock(&self.live);
+        if !*live {
+            return Err(Error::Gone);
         }
-        fs::remove_dir(&dir).map_err(at("remove", &dir))
+        if is_dir {
+            mkdirat(&self.dir, name, Mode::from_bits_truncate(0o755)).map_err(at("make", &path))?;
+        } else {
+            let flags = OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_WRONLY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+            openat(&self.dir, name, flags, Mode::from_bits_truncate(0o644)).map_err(at("make", &path))?;
+        }
+        let target =
+            sys::open_beneath(self.dir.as_fd(), name, OFlag::O_PATH | OFlag::O_NOFOLLOW).map_err(at("open", &path))?;
+        sys::attach_at(tree.as_fd(), target.as_fd()).map_err(at("attach", &path))
+    }
+}
+
+/// A directory of the shim's own in which something is mounted for a moment. Its parent is private to this namespace.
+struct Stage(PathBuf);
+
+impl Stage {
+    fn make(path: PathBuf) -> Result<Self, Error> {
+        DirBuilder::new().mode(0o700).create(&path).map_err(at("make", &path))?;
+        Ok(Self(path))
+    }
+
+    fn root(&self) -> Result<OwnedFd, Error> {
+        fs::File::options()
+            .read(true)
+            .custom_flags((OFlag::O_PATH | OFlag::O_DIRECTORY).bits())
+            .open(&self.0)
+            .map(OwnedFd::from)
+            .map_err(at("open", &self.0))
+    }
+}
+
+impl Drop for Stage {
+    fn drop(&mut self) {
+        let detached = || -> io::Result<()> {
+            let parent = self.0.parent().unwrap_or(Path::new("/"));
+            let parent = fs::File::open(parent)?;
+            let name = Path::new(self.0.file_name().unwrap_or_default());
+            while sys::detach_below(parent.as_fd(), name)? {}
+            fs::remove_dir(&self.0)
+        };
+        if let Err(error) = detached() {
+            // The journal's unwinding tries again.
+            tracing::error!(%error, path = %self.0.display(), "take down the mount of a root file system");
+        }
+    }
+}
+
+/// Opens the source of a bind, once: the link, if it is one, is followed here. What has this descriptor decides on all else.
+pub fn open_source(path: &Path) -> io::Result<OwnedFd> {
+    let flags = OFlag::O_PATH.bits();
+    fs::File::options().read(true).custom_flags(flags).open(path).map(OwnedFd::from)
+}
+
+fn open_dir(dir: BorrowedFd<'_>, name: &Path) -> io::Result<OwnedFd> {
+    sys::open_beneath(dir, name, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW)
+}
+
+/// The entries of a directory.
+fn names(dir: BorrowedFd<'_>) -> io::Result<Vec<PathBuf>> {
+    use std::{ffi::OsStr, os::unix::ffi::OsStrExt};
+    let listed = sys::open_beneath(dir, Path::new("."), OFlag::O_RDONLY | OFlag::O_DIRECTORY)?;
+    let mut names = Vec::new();
+    for entry in Dir::from_fd(listed)?.iter() {
+        let entry = entry?;
+        match entry.file_name().to_bytes() {
+            b"." | b".." => {}
+            name => names.push(PathBuf::from(OsStr::from_bytes(name))),
+        }
+    }
+    Ok(names)
+}
+
+/// Whether a path is one name that a directory can have.
+fn is_name(path: &Path) -> bool {
+    use std::path::Component;
+    let mut components = path.components();
+    matches!((components.next(), components.next()), (Some(Component::Normal(name)), None) if name == path.as_os_str())
+}
+
+/// Options that fit into the page of mount(2): an overlay whose layers' paths are too long for it gets them as descriptors,
+/// which the caller keeps until it has mounted.
+fn within_a_page(mount: &Mount) -> Result<(Vec<String>, Vec<OwnedFd>), Error> {
+    let length = |options: &[String]| options.iter().map(|option| option.len() + 1).sum::<usize>();
+    if mount.type_ != "overlay" || length(&mount.options) <= MOST_OPTIONS {
+        return Ok((mount.options.clone(), Vec::new()));
+    }
+    let mut layers = Vec::new();
+    let mut options = Vec::new();
+    for option in &mount.options {
+        let Some(lower) = option.strip_prefix("lowerdir=") else {
+            options.push(option.clone());
+            continue;
+        };
+        let mut short = Vec::new();
+        for path in split_layers(lower) {
+            let layer = open_source(&path).map_err(at("open layer", &path))?;
+            short.push(sys::path_of(layer.as_fd()).display().to_string());
+            layers.push(layer);
+        }
+        options.push(format!("lowerdir={}", short.join(":")));
+    }
+    let length = length(&options);
+    if length > MOST_OPTIONS { Err(Error::Options(length)) } else { Ok((options, layers)) }
+}
+
+/// The paths of an overlay's `lowerdir`, in which a backslash takes the next character's meaning.
+fn split_layers(lower: &str) -> Vec<PathBuf> {
+    let mut layers = vec![String::new()];
+    let mut characters = lower.chars();
+    while let Some(character) = characters.next() {
+        let last = layers.last_mut();
+        match (character, last) {
+            (':', _) => layers.push(String::new()),
+            ('\\', Some(layer)) => layer.extend(characters.next()),
+            (other, Some(layer)) => layer.push(other),
+            (_, None) => {}
+        }
+    }
+    layers.into_iter().map(PathBuf::from).collect()
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{os::unix::fs::symlink, thread};
+
+    use super::*;
+
+    /// Runs `test` as the shim runs, in a mount namespace of its own, with the path of a share to be made.
+    fn in_a_namespace(test: impl FnOnce(&Path) + Send) {
+        if !nix::unistd::geteuid().is_root() {
+            println!("skipped: not root");
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        // The namespace is the thread's.
+        thread::scope(|scope| {
+            scope.spawn(|| test(&dir.path().join("share"))).join().unwrap();
+        });
+    }
+
+    fn bind(source: &Path, name: &str) -> Bind {
+        let file = open_source(source).unwrap();
+        Bind {
+            source: source.to_owned(),
+            file,
+            is_dir: source.is_dir(),
+            name: name.into(),
+            readonly: crate::spec::ReadOnly::No,
+            recursive: true,
+            propagation: Propagation::Slave,
+            is_name: false,
+        }
+    }
+
+    fn tmpfs(target: &Path) {
+        fs::create_dir_all(target).unwrap();
+        mount(Some("t"), target, Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
+    }
+
+    fn attributes(path: &Path) -> u64 {
+        nix::sys::statvfs::statvfs(path).unwrap().flags().bits()
+    }
+
+    const HARMLESS_FLAGS: u64 = libc::ST_NODEV | libc::ST_NOSUID | libc::ST_NOEXEC;
+
+    #[test]
+    fn what_is_shared_is_harmless_and_goes_with_its_container() {
+        in_a_namespace(|path| {
+            let parent = path.parent().unwrap();
+            let share = Share::create(path.to_owned()).unwrap();
+            let volume = parent.join("volume");
+            tmpfs(&volume.join("below"));
+            fs::write(volume.join("file"), "text").unwrap();
+            let root = Mount { type_: "tmpfs".into(), source: "root".into(), ..Default::default() };
+            let place = share.place("c1").unwrap();
+            place.mount_rootfs(&[root], Path::new("/")).unwrap();
+            place.bind(&bind(&volume, "mount0")).unwrap();
+            place.bind(&bind(&volume.join("file"), "mount1")).unwrap();
+            for name in ["rootfs", "mount0", "mount0/below", "mount1"] {
+                let flags = attributes(&path.join("c1").join(name));
+                assert_eq!(flags & HARMLESS_FLAGS, HARMLESS_FLAGS, "{name}: {flags:x}");
+            }
+            assert!(!parent.join("stage-0").exists());
+            share.remove("c1").unwrap();
+            assert_eq!(fs::read_dir(path).unwrap().count(), 0);
+            assert_eq!(fs::read_to_string(volume.join("file")).unwrap(), "text");
+            share.remove("c1").unwrap();
+        });
+    }
+
+    #[test]
+    fn a_link_in_the_place_of_a_containers_directory_leads_nowhere() {
+        in_a_namespace(|path| {
+            let host = path.with_file_name("host");
+            fs::create_dir_all(host.join("rootfs")).unwrap();
+            fs::write(host.join("mount0"), "kept").unwrap();
+            let share = Share::create(path.to_owned()).unwrap();
+            drop(share.place("c1").unwrap());
+            fs::rename(path.join("c1"), path.join("away")).unwrap();
+            symlink(&host, path.join("c1")).unwrap();
+            assert!(share.remove("c1").is_err() && share.place("c1").is_err());
+            assert_eq!(fs::read_to_string(host.join("mount0")).unwrap(), "kept");
+            assert!(host.join("rootfs").is_dir());
+            for id in ["..", ".", "", "a/b", "/"] {
+                assert!(matches!(share.place(id), Err(Error::Id(_))), "{id}");
+            }
+        });
+    }
+
+    #[test]
+    fn nothing_is_mounted_for_a_container_that_is_gone() {
+        in_a_namespace(|path| {
+            let share = Share::create(path.to_owned()).unwrap();
+            let volume = path.with_file_name("volume");
+            fs::create_dir(&volume).unwrap();
+            let place = share.place("c1").unwrap();
+            share.remove("c1").unwrap();
+            assert!(matches!(place.bind(&bind(&volume, "mount0")), Err(Error::Gone)));
+            assert_eq!(fs::read_dir(path).unwrap().count(), 0);
+        });
+    }
+
+    #[test]
+    fn read_only_and_propagation_are_what_was_asked_for() {
+        in_a_namespace(|path| {
+            const NONE: Option<&str> = None;
+            let share = Share::create(path.to_owned()).unwrap();
+            // The host's side: a shared mount, of which a bind is made.
+            let volume = path.with_file_name("volume");
+            tmpfs(&volume);
+            mount(NONE, &volume, NONE, MsFlags::MS_SHARED, NONE).unwrap();
+            tmpfs(&volume.join("early"));
+            let place = share.place("c1").unwrap();
+            let variants: [(&str, crate::spec::ReadOnly, Propagation); 3] = [
+                ("mount0", crate::spec::ReadOnly::Top, Propagation::Slave),
+                ("mount1", crate::spec::ReadOnly::All, Propagation::Private { recursive: true }),
+                ("mount2", crate::spec::ReadOnly::No, Propagation::Private { recursive: false }),
+            ];
+            for (name, readonly, propagation) in variants {
+                place.bind(&Bind { readonly, propagation, ..bind(&volume, name) }).unwrap();
+            }
+            tmpfs(&volume.join("late"));
+            let seen = |name: &str| {
+                fs::metadata(path.join("c1").join(name).join("late")).is_ok_and(|late| {
+                    use std::os::unix::fs::MetadataExt;
+                    late.dev() != fs::metadata(path.join("c1").join(name)).unwrap().dev()
+                })
+            };
+            assert_eq!(["mount0", "mount1", "mount2"].map(seen), [true, false, false]);
+            let writable = |name: &str| fs::write(path.join("c1").join(name), "").is_ok();
+            assert_eq!(["mount0/x", "mount0/early/x"].map(writable), [false, true]);
+            assert_eq!(["mount1/x", "mount1/early/x"].map(writable), [false, false]);
+            assert_eq!(["mount2/x", "mount2/early/x"].map(writable), [true, true]);
+            // The guest's mounts do not keep the host from unmounting.
+            nix::mount::umount(&volume.join("late")).unwrap();
+            assert!(!seen("mount0"));
+        });
+    }
+
+    #[test]
+    fn layers_with_long_paths_fit_into_a_page() {
+        in_a_namespace(|path| {
+            let parent = path.parent().unwrap();
+            let share = Share::create(path.to_owned()).unwrap();
+            let base = parent.join("x".repeat(120));
+            // overlayfs takes no overlay as its upper directory, which the temporary directory may be on.
+            tmpfs(&base);
+            let mut lower = Vec::new();
+            for n in 0..60 {
+                let layer = base.join(format!("{n}:{}", "y".repeat(60)));
+                fs::create_dir(&layer).unwrap();
+                fs::write(layer.join(format!("f{n}")), "").unwrap();
+                lower.push(layer.display().to_string().replace(':', "\\:"));
+            }
+            for name in ["upper", "work"] {
+                fs::create_dir(base.join(name)).unwrap();
+            }
+            let options = [
+                format!("lowerdir={}", lower.join(":")),
+                format!("upperdir={}", base.join("upper").display()),
+                format!("workdir={}", base.join("work").display()),
+            ];
+            let overlay = Mount {
+                type_: "overlay".into(),
+                source: "overlay".into(),
+                options: options.into(),
+                ..Default::default()
+            };
+            let before = std::env::current_dir().unwrap();
+            let place = share.place("c1").unwrap();
+            match place.mount_rootfs(&[overlay], Path::new("/")) {
+                Err(Error::Rootfs { source, .. }) if source.to_string().contains("ENODEV") => {
+                    return println!("skipped: no overlayfs");
+                }
+                other => other.unwrap(),
+            }
+            let rootfs = path.join("c1/rootfs");
+            assert!((0..60).all(|n| rootfs.join(format!("f{n}")).exists()));
+            assert_eq!(std::env::current_dir().unwrap(), before);
+        });
+    }
+
+    #[test]
+    fn a_mount_within_an_image_stays_in_it() {
+        in_a_namespace(|path| {
+            let host = path.with_file_name("host");
+            fs::create_dir(&host).unwrap();
+            let image = path.with_file_name("image");
+            fs::create_dir_all(image.join("inner")).unwrap();
+            fs::write(image.join("inner/image"), "").unwrap();
+            symlink(&host, image.join("link")).unwrap();
+            symlink("/inner", image.join("good")).unwrap();
+            let share = Share::create(path.to_owned()).unwrap();
+            let below = |target: &str| {
+                let place = share.place("c1").unwrap();
+                let root = Mount {
+                    type_: "bind".into(),
+                    source: image.display().to_string(),
+                    options: vec!["rbind".into()],
+                    ..Default::default()
+                };
+                let inner =
+                    Mount { type_: "tmpfs".into(), source: "t".into(), target: target.into(), ..Default::default() };
+                let done = place.mount_rootfs(&[root, inner], Path::new("/"));
+                let mounted = fs::read_to_string(path.join("c1/rootfs/inner/image")).is_err();
+                share.remove("c1").unwrap();
+                (done.is_ok(), mounted)
+            };
+            assert_eq!(below("/good"), (true, true));
+            assert_eq!(below("/link").0, false);
+            assert_eq!(fs::read_dir(&host).unwrap().count(), 0);
+        });
     }
 }

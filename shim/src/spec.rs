@@ -5,18 +5,28 @@
 //! logged), or an error that names the field: nothing is dropped silently.
 
 use std::{
+    cell::LazyCell,
     collections::HashMap,
-    fs,
-    os::unix::fs::FileTypeExt,
+    fs::{self, File},
+    io,
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::fs::FileTypeExt,
+    },
     path::{Path, PathBuf},
 };
 
+use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
 use oci_spec::runtime::{
-    Hook, Hooks, Linux, LinuxDeviceType, LinuxNamespaceType, LinuxResources, Mount, Process, Spec,
+    Hook, Hooks, Linux, LinuxDeviceType, LinuxNamespaceType, LinuxResources, Mount, Process as ProcessSpec, Spec,
 };
+use procfs::process::{MountInfo, Process};
 use vz_proto::{NETNS_PATH, SHARE_PATH};
 
-use crate::disks::{self, Disk};
+use crate::{
+    disks::{self, Disk},
+    share::{ROOTFS, open_source},
+};
 
 /// Character devices that the guest has of its own, under the same name and number as every Linux host.
 const GUEST_DEVICES: [&str; 10] = [
@@ -32,6 +42,9 @@ const GUEST_DEVICES: [&str; 10] = [
     "/dev/kmsg",
 ];
 
+/// Bytes of a container's shared memory where nobody says: what clients ask for.
+const DEFAULT_SHM: u64 = 64 << 20;
+
 /// What there is to do for a container.
 #[derive(Debug)]
 pub struct Plan {
@@ -46,18 +59,59 @@ pub struct Plan {
 }
 
 /// A host file or directory that the guest sees below the share.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug)]
 pub struct Bind {
     /// The host's path.
     pub source: PathBuf,
-    /// Path below the share.
+    /// What was found there; the path is not resolved again.
+    pub file: OwnedFd,
+    /// Whether that is a directory.
+    pub is_dir: bool,
+    /// Name in the container's directory of the share.
     pub name: PathBuf,
-    /// Not writable for the guest.
-    pub readonly: bool,
+    /// What the guest cannot write.
+    pub readonly: ReadOnly,
     /// With all that is mounted below.
     pub recursive: bool,
+    /// Which later mounts of the host's the guest sees.
+    pub propagation: Propagation,
     /// Whether it is one of the container's [`names`](crate::names).
     pub is_name: bool,
+}
+
+/// What of a bind is read-only, as mount(8) has it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ReadOnly {
+    /// Nothing.
+    No,
+    /// The bind, and nothing that is mounted below (`ro`).
+    Top,
+    /// The bind and all mounts below (`rro`).
+    All,
+}
+
+impl ReadOnly {
+    /// Whether mounts below are read-only too; `None` where nothing is.
+    pub fn recursive(self) -> Option<bool> {
+        match self {
+            Self::No => None,
+            Self::Top => Some(false),
+            Self::All => Some(true),
+        }
+    }
+}
+
+/// Whether mounts that the host makes below a bind later appear in the guest, as mount_namespaces(7) has it. What the guest
+/// mounts never appears on the host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Propagation {
+    /// They do (`slave`, `rslave`); so it is where nothing is said.
+    Slave,
+    /// They do not.
+    Private {
+        /// Nor below the mounts that were there (`rprivate`).
+        recursive: bool,
+    },
 }
 
 /// Why a spec cannot be run in a VM. Each names the field, and says what to do.
@@ -86,43 +140,59 @@ pub enum Error {
     },
 }
 
-/// The directory of a container below the share.
-pub fn share_name(container: &str) -> PathBuf {
-    PathBuf::from(container)
-}
-
-/// The root file system of a container below the share.
-pub fn rootfs_name(container: &str) -> PathBuf {
-    share_name(container).join("rootfs")
+/// Where the guest finds a container's directory of the share.
+fn place(container: &str) -> PathBuf {
+    Path::new(SHARE_PATH).join(container)
 }
 
 /// Makes the guest's spec for `container` out of the host's.
 ///
-/// `disks` are those of the VM that are the container's.
-pub fn plan(mut spec: Spec, container: &str, disks: &[Disk]) -> Result<Plan, Error> {
+/// `disks` are those of the VM that are the container's. `looking` is told each path of the host that is looked at next.
+pub fn plan(mut spec: Spec, container: &str, disks: &[Disk], looking: &dyn Fn(&Path)) -> Result<Plan, Error> {
     let mut dropped = Vec::new();
     refuse_foreign(&spec)?;
     let process = spec.process_mut().as_mut().ok_or(Error::Missing("process"))?;
     guest_process(process, &mut dropped);
     let mut binds = Vec::new();
+    let own_ipc = has_namespace(&spec, LinuxNamespaceType::Ipc);
     if let Some(mounts) = spec.mounts_mut() {
-        for (index, mount) in mounts.iter_mut().enumerate() {
-            disks::settle(mount, disks);
-            if let Some(bind) = guest_mount(mount, container, index, &mut dropped)? {
-                binds.push(bind);
-            }
+        let table = LazyCell::new(mount_table);
+        let mut all = Vec::with_capacity(mounts.len());
+        for (index, mut mount) in mounts.drain(..).enumerate() {
+            disks::settle(&mut mount, disks);
+            looking(mount.source().as_deref().unwrap_or(Path::new("/")));
+            let bind = guest_mount(&mut mount, container, index, own_ipc, &mut dropped)?;
+            let submounts = bind.as_ref().map(|bind| writable_submounts(&mount, bind, &table)).unwrap_or_default();
+            all.push(mount);
+            all.extend(submounts);
+            binds.extend(bind);
         }
+        *mounts = all;
     }
     let root = spec.root_mut().as_mut().ok_or(Error::Missing("root"))?;
-    root.set_path(Path::new(SHARE_PATH).join(rootfs_name(container)));
+    root.set_path(place(container).join(ROOTFS));
     let linux = spec.linux_mut().as_mut().ok_or(Error::Missing("linux"))?;
     guest_linux(linux, container, &mut dropped)?;
     let hooks = split_hooks(&mut spec);
     Ok(Plan { guest: spec, binds, hooks, dropped })
 }
 
+fn has_namespace(spec: &Spec, kind: LinuxNamespaceType) -> bool {
+    let namespaces = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_ref());
+    namespaces.into_iter().flatten().any(|namespace| namespace.typ() == kind)
+}
+
+/// All mounts of this namespace.
+fn mount_table() -> Vec<MountInfo> {
+    let table = Process::myself().and_then(|this| this.mountinfo());
+    table.map(|table| table.0).unwrap_or_else(|error| {
+        tracing::warn!(%error, "the host's mount table is unreadable: mounts below read-only volumes are read-only too");
+        Vec::new()
+    })
+}
+
 /// Makes the guest's form of a process that is started in a running container.
-pub fn exec_process(mut process: Process) -> Process {
+pub fn exec_process(mut process: ProcessSpec) -> ProcessSpec {
     guest_process(&mut process, &mut Vec::new());
     process
 }
@@ -147,7 +217,7 @@ fn unsupported(field: impl Into<String>, why: &'static str) -> Error {
 }
 
 /// Host security modules know nothing of what runs in the guest; the VM is the boundary.
-fn guest_process(process: &mut Process, dropped: &mut Vec<String>) {
+fn guest_process(process: &mut ProcessSpec, dropped: &mut Vec<String>) {
     if let Some(profile) = process.apparmor_profile().clone().filter(|p| !p.is_empty()) {
         dropped.push(format!("process.apparmorProfile={profile}"));
     }
@@ -162,6 +232,7 @@ fn guest_mount(
     mount: &mut Mount,
     container: &str,
     index: usize,
+    own_ipc: bool,
     dropped: &mut Vec<String>,
 ) -> Result<Option<Bind>, Error> {
     let options = mount.options().clone().unwrap_or_default();
@@ -172,25 +243,29 @@ fn guest_mount(
     }
     let destination = mount.destination().clone();
     let source = mount.source().clone().ok_or(Error::Missing("source of a bind mount"))?;
-    if destination == Path::new("/dev/shm") {
-        // Shared memory cannot be shared across a VM's boundary: the container gets a tmpfs of the guest.
-        dropped.push(format!("mounts: {} for /dev/shm, which is a tmpfs of the guest", source.display()));
-        mount.set_typ(Some("tmpfs".into())).set_source(Some("shm".into()));
-        let options = ["nosuid", "noexec", "nodev", "mode=1777", "size=65536k"];
-        mount.set_options(Some(options.map(String::from).into()));
-        return Ok(None);
-    }
+    let propagation = propagation(&options, &destination)?;
     if ["/proc", "/sys", "/dev/mqueue", "/dev/pts"].iter().any(|kernel| source.starts_with(kernel)) {
         // The guest has these of its own; the host's would tell the container about the host.
         dropped.push(format!("mounts: {} is the guest's own", source.display()));
         return Ok(None);
     }
-    let kind = fs::metadata(&source).map_err(|e| Error::Source {
+    let missing = |e: io::Error| Error::Source {
         source_path: source.clone(),
         destination: destination.clone(),
         reason: e.to_string(),
-    })?;
-    let kind = kind.file_type();
+    };
+    let file = File::from(open_source(&source).map_err(missing)?);
+    let kind = file.metadata().map_err(missing)?.file_type();
+    if destination == Path::new("/dev/shm") && is_clients_shm(&source, &file, own_ipc).map_err(missing)? {
+        // Shared memory cannot be shared across a VM's boundary: the container gets a tmpfs of the guest, of the same size.
+        dropped.push(format!("mounts: {} for /dev/shm, which is a tmpfs of the guest", source.display()));
+        let size = fstatfs(&file).map(|found| found.blocks().saturating_mul(found.block_size().cast_unsigned()));
+        let size = size.ok().filter(|size| own_ipc && *size > 0).unwrap_or(DEFAULT_SHM);
+        mount.set_typ(Some("tmpfs".into())).set_source(Some("shm".into()));
+        let options = ["nosuid", "noexec", "nodev", "mode=1777", &format!("size={size}")];
+        mount.set_options(Some(options.map(String::from).into()));
+        return Ok(None);
+    }
     if kind.is_char_device() || kind.is_block_device() {
         if GUEST_DEVICES.iter().any(|device| source == Path::new(device)) {
             return Ok(None);
@@ -200,9 +275,13 @@ fn guest_mount(
             "a host device cannot be mounted into a VM; give it a block device as a disk (`--device`)",
         ));
     }
-    let name = share_name(container).join(format!("mount{index}"));
-    mount.set_source(Some(Path::new(SHARE_PATH).join(&name)));
-    let readonly = has("ro") || has("rro");
+    let name = PathBuf::from(format!("mount{index}"));
+    mount.set_source(Some(place(container).join(&name)));
+    let readonly = match (has("rro"), has("ro")) {
+        (true, _) => ReadOnly::All,
+        (false, true) => ReadOnly::Top,
+        (false, false) => ReadOnly::No,
+    };
     let recursive = has("rbind") || has("rro") || !has("bind");
     // Mapped ownership is done where the files are, and virtiofs has no idmapped mounts in the guest.
     if mount.uid_mappings().is_some() || mount.gid_mappings().is_some() || has("idmap") || has("ridmap") {
@@ -212,7 +291,67 @@ fn guest_mount(
         ));
     }
     let is_name = kind.is_file() && crate::names::is_name(&destination);
-    Ok(Some(Bind { source, name, readonly, recursive, is_name }))
+    let (file, is_dir) = (OwnedFd::from(file), kind.is_dir());
+    Ok(Some(Bind { source, file, is_dir, name, readonly, recursive, propagation, is_name }))
+}
+
+/// Whether the source of a bind for /dev/shm is what clients make for a container's shared memory: an empty tmpfs for nothing
+/// else, or the host's own for a container without an IPC namespace. Anything else is a volume, and stays one.
+fn is_clients_shm(source: &Path, file: &File, own_ipc: bool) -> io::Result<bool> {
+    if !own_ipc && source == Path::new("/dev/shm") {
+        return Ok(true);
+    }
+    if fstatfs(file)?.filesystem_type() != TMPFS_MAGIC || !vz_sys::mount::is_mount_root(file.as_fd())? {
+        return Ok(false);
+    }
+    Ok(fs::read_dir(vz_sys::mount::path_of(file.as_fd()))?.next().is_none())
+}
+
+/// The propagation that a mount's options ask for, the last one of several.
+fn propagation(options: &[String], destination: &Path) -> Result<Propagation, Error> {
+    let mut propagation = Propagation::Slave;
+    for option in options {
+        propagation = match option.as_str() {
+            "slave" | "rslave" => Propagation::Slave,
+            "private" | "unbindable" => Propagation::Private { recursive: false },
+            "rprivate" | "runbindable" => Propagation::Private { recursive: true },
+            "shared" | "rshared" => {
+                return Err(unsupported(
+                    format!("mounts: {option} of {}", destination.display()),
+                    "what a VM mounts cannot appear on the host; use rslave, which shows the container what the host mounts",
+                ));
+            }
+            _ => propagation,
+        };
+    }
+    Ok(propagation)
+}
+
+/// Mounts of their own for what is mounted below a bind that is read-only by itself only (`ro`, not `rro`): in the guest they
+/// would otherwise take the bind's `ro` over. Those that the host has read-only stay so.
+fn writable_submounts(mount: &Mount, bind: &Bind, table: &[MountInfo]) -> Vec<Mount> {
+    if bind.readonly != ReadOnly::Top || !bind.recursive {
+        return Vec::new();
+    }
+    let Ok(source) = fs::read_link(vz_sys::mount::path_of(bind.file.as_fd())) else { return Vec::new() };
+    let mut below: Vec<&Path> = table.iter().filter_map(|known| known.mount_point.strip_prefix(&source).ok()).collect();
+    below.retain(|path| !path.as_os_str().is_empty());
+    // Parents before what is below them.
+    below.sort();
+    below.dedup();
+    let options = mount.options().iter().flatten().filter(|option| !["ro", "rbind"].contains(&option.as_str()));
+    let options: Vec<String> = options.cloned().chain(["bind".into()]).collect();
+    let shared = mount.source().clone().unwrap_or_default();
+    let submount = |path: &Path| {
+        let mut submount = Mount::default();
+        submount
+            .set_destination(mount.destination().join(path))
+            .set_typ(Some("bind".into()))
+            .set_source(Some(shared.join(path)))
+            .set_options(Some(options.clone()));
+        submount
+    };
+    below.into_iter().map(submount).collect()
 }
 
 fn guest_linux(linux: &mut Linux, container: &str, dropped: &mut Vec<String>) -> Result<(), Error> {
@@ -374,6 +513,10 @@ mod tests {
         serde_json::from_value(value).unwrap()
     }
 
+    fn plan(spec: Spec, container: &str, disks: &[Disk]) -> Result<Plan, Error> {
+        super::plan(spec, container, disks, &|_| ())
+    }
+
     fn guest(spec: Spec) -> Value {
         serde_json::to_value(plan(spec, "c1", &[]).unwrap().guest).unwrap()
     }
@@ -401,16 +544,78 @@ mod tests {
             &[],
         )
         .unwrap();
-        let wanted = Bind {
-            source: dir.path().into(),
-            name: "c1/mount0".into(),
-            readonly: true,
-            recursive: true,
-            is_name: false,
-        };
-        assert_eq!(plan.binds, [wanted]);
+        let [bind] = &plan.binds[..] else { panic!("{:?}", plan.binds) };
+        assert_eq!((bind.source.as_path(), bind.name.as_path()), (dir.path(), Path::new("mount0")));
+        assert_eq!((bind.readonly, bind.propagation), (ReadOnly::Top, Propagation::Slave));
+        assert!(bind.is_dir && bind.recursive && !bind.is_name);
         let mount = &plan.guest.mounts().as_ref().unwrap()[0];
         assert_eq!(mount.source().as_deref(), Some(Path::new("/run/vz/share/c1/mount0")));
+    }
+
+    fn bound(options: &[&str]) -> Result<Plan, Error> {
+        let mount = json!({ "destination": "/v", "type": "bind", "source": "/usr", "options": options });
+        plan(spec(|s| s["mounts"][0] = mount), "c1", &[])
+    }
+
+    #[test]
+    fn propagation_and_read_only_are_taken_from_the_options() {
+        let of = |options: &[&str]| {
+            let plan = bound(options).unwrap();
+            (plan.binds[0].readonly, plan.binds[0].propagation)
+        };
+        let (slave, private) = (Propagation::Slave, |recursive| Propagation::Private { recursive });
+        assert_eq!(of(&["rbind"]), (ReadOnly::No, slave));
+        assert_eq!(of(&["rbind", "rprivate", "ro"]), (ReadOnly::Top, private(true)));
+        assert_eq!(of(&["rbind", "rro", "ro", "private"]), (ReadOnly::All, private(false)));
+        assert_eq!(of(&["rbind", "rprivate", "rslave"]), (ReadOnly::No, slave));
+        for option in ["shared", "rshared"] {
+            let error = bound(&["rbind", option]).unwrap_err().to_string();
+            assert!(error.contains(option) && error.contains("rslave"), "{error}");
+        }
+    }
+
+    #[test]
+    fn what_is_mounted_below_a_read_only_bind_is_mounted_by_itself() {
+        let line = |id: u32, point: &str| {
+            MountInfo::from_line(&format!("{id} 1 0:{id} / {point} rw,relatime - tmpfs t rw")).unwrap()
+        };
+        let table = [line(2, "/usr"), line(3, "/usr/b/c"), line(4, "/usr/a"), line(5, "/usr/b"), line(6, "/usrlocal")];
+        let mounts = |options: &[&str]| {
+            let mut plan = bound(options).unwrap();
+            let (mount, bind) = (plan.guest.mounts().as_ref().unwrap()[0].clone(), plan.binds.remove(0));
+            serde_json::to_value(writable_submounts(&mount, &bind, &table)).unwrap()
+        };
+        let one = |path: &str| {
+            json!({
+                "destination": format!("/v/{path}"), "type": "bind",
+                "source": format!("/run/vz/share/c1/mount0/{path}"), "options": ["nosuid", "rprivate", "bind"],
+            })
+        };
+        assert_eq!(mounts(&["rbind", "nosuid", "ro", "rprivate"]), json!([one("a"), one("b"), one("b/c")]));
+        assert_eq!(mounts(&["rbind", "rro"]), json!([]));
+        assert_eq!(mounts(&["bind", "ro"]), json!([]));
+        assert_eq!(mounts(&["rbind"]), json!([]));
+    }
+
+    #[test]
+    fn a_volume_for_shared_memory_stays_a_volume() {
+        let dir = tempfile::tempdir().unwrap();
+        let shm = |source: &str, namespaces: Value| {
+            let mount = json!({ "destination": "/dev/shm", "type": "bind", "source": source, "options": ["rbind"] });
+            let plan = plan(
+                spec(|s| {
+                    s["mounts"][0] = mount;
+                    s["linux"]["namespaces"] = namespaces;
+                }),
+                "c1",
+                &[],
+            )
+            .unwrap();
+            serde_json::to_value(plan.guest).unwrap()["mounts"][0]["type"].clone()
+        };
+        let (own, hosts) = (json!([{ "type": "ipc" }, { "type": "network" }]), json!([{ "type": "network" }]));
+        assert_eq!(shm(dir.path().to_str().unwrap(), own.clone()), "bind");
+        assert_eq!(shm("/dev/shm", hosts), "tmpfs");
     }
 
     #[test]

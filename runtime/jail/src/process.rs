@@ -1,6 +1,11 @@
 //! What the process gives up before it touches anything of the guest's. All of it with one thread.
 
-use std::{fs::File, io, os::unix::fs::OpenOptionsExt, path::Path};
+use std::{
+    fs::File,
+    io,
+    os::{fd::AsFd, unix::fs::OpenOptionsExt},
+    path::Path,
+};
 
 use nix::{
     errno::Errno,
@@ -54,7 +59,8 @@ pub fn prepare() -> Result<u64, Error> {
 }
 
 /// Leaves the host's files behind: the root is `share`, which is a shared mount outside, so that binds below it which are
-/// made there later appear in here. Returns `/proc/self/fd`, which the new root does not have.
+/// made there later appear in here. The share's own directories are read-only in here, whoever takes this process over: the
+/// shim alone decides which names they have. What is mounted below is as writable as its mount. Returns `/proc/self/fd`, which the new root does not have.
 pub fn enter_root(share: &Path) -> Result<File, Error> {
     // A mount of its own, which ends at its root: from a directory that was only opened, `..` would lead to the rest of the
     // host's /proc, and from there to its kernel's settings.
@@ -68,6 +74,14 @@ pub fn enter_root(share: &Path) -> Result<File, Error> {
     mount(None::<&str>, share, None::<&str>, MsFlags::MS_SLAVE | MsFlags::MS_REC, None::<&str>)
         .map_err(failed("make share a slave"))?;
     chdir(share).map_err(failed("change to share"))?;
+    let top = File::options()
+        .read(true)
+        .custom_flags(libc::O_PATH | libc::O_DIRECTORY)
+        .open(".")
+        .map_err(failed("open share"))?;
+    vz_sys::mount::set_attributes(top.as_fd(), libc::MOUNT_ATTR_RDONLY, false)
+        .map_err(failed("make share's directories read-only"))?;
+    drop(top);
     let old = File::options()
         .read(true)
         .custom_flags(libc::O_PATH | libc::O_DIRECTORY)

@@ -152,7 +152,8 @@ impl Agent {
                     Ok(master) => {
                         let master = Arc::new(master);
                         process.terminal = Some(Arc::clone(&master));
-                        tokio::spawn(stdio::terminal(ends.host, master, link, key.clone()));
+                        let exit = process.exit.subscribe();
+                        tokio::spawn(stdio::terminal(ends.host, master, exit, link, key.clone()));
                     }
                     Err(e) => tracing::error!(container = key.container, exec = key.exec, "attach terminal: {e}"),
                 }

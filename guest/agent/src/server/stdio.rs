@@ -22,7 +22,7 @@ use tokio::{
 };
 
 use super::{link::Link, readiness, state::Terminal};
-use crate::protocol::{Key, Request, Stream};
+use crate::protocol::{Exit, Key, Request, Stream};
 
 /// Most bytes that are moved at once: what a pipe can hold, times some.
 const CHUNK: usize = 256 * 1024;
@@ -73,9 +73,25 @@ pub async fn output(ends: Ends, stream: Stream, link: Arc<Link>, key: Key) {
     finish(copied.await, &link, key, stream);
 }
 
-/// Both ways between a terminal and the host, until every process that has the terminal has closed it.
-pub async fn terminal(host: OwnedFd, terminal: Terminal, link: Arc<Link>, key: Key) {
+/// Both ways between a terminal and the host, until the process has ended and every other one has closed the terminal.
+///
+/// A terminal that no process has open reads as EIO. Its process may open it again (systemd closes the console for a while),
+/// so one end stays open here until `exit` tells of the process's end.
+pub async fn terminal(
+    host: OwnedFd,
+    terminal: Terminal,
+    mut exit: watch::Receiver<Option<Exit>>,
+    link: Arc<Link>,
+    key: Key,
+) {
     let copied = async {
+        let held = vz_sys::tty::open_slave(&*terminal)?;
+        let released = async {
+            // A process that is forgotten has ended.
+            let _ = exit.wait_for(Option::is_some).await;
+            drop(held);
+            std::future::pending::<io::Result<()>>().await
+        };
         let host = asynchronous(host)?;
         let typed = async {
             // The end of what is typed is not the end of the terminal.
@@ -91,7 +107,7 @@ pub async fn terminal(host: OwnedFd, terminal: Terminal, link: Arc<Link>, key: K
             }
             sent
         };
-        let copied = tokio::select! { e = typed => e, shown = shown => shown };
+        let copied = tokio::select! { e = typed => e, e = released => e, shown = shown => shown };
         shutdown_fd(&host, Shutdown::Write)?;
         copied
     };
@@ -302,14 +318,21 @@ mod tests {
         assert_eq!(writes.await.unwrap().unwrap_err().kind(), io::ErrorKind::BrokenPipe);
     }
 
+    fn pair() -> (File, Terminal) {
+        let master = File::options().read(true).write(true).open("/dev/ptmx").unwrap();
+        vz_sys::tty::unlock(&master).unwrap();
+        let slave = File::from(vz_sys::tty::open_slave(&master).unwrap());
+        (slave, Arc::new(asynchronous(master.into()).unwrap()))
+    }
+
+    const EXIT: Exit = Exit { status: 0, at_ns: 0, number: 0 };
+
     #[tokio::test]
     async fn a_terminal_carries_both_ways_until_it_is_closed() {
         let (link, _init) = link();
         let (near, host) = UnixStream::pair().unwrap();
-        let master = File::options().read(true).write(true).open("/dev/ptmx").unwrap();
-        vz_sys::tty::unlock(&master).unwrap();
-        let mut slave = File::from(vz_sys::tty::open_slave(&master).unwrap());
-        let master: Terminal = Arc::new(asynchronous(master.into()).unwrap());
+        let (mut slave, master) = pair();
+        let (ended, exit) = watch::channel(None);
         let session = tokio::task::spawn_blocking(move || {
             let mut near = near;
             near.write_all(b"hello\n").unwrap();
@@ -317,13 +340,39 @@ mod tests {
             slave.read_exact(&mut line).unwrap();
             assert_eq!(&line, b"hello\n");
             slave.write_all(b"bye").unwrap();
+            ended.send_replace(Some(EXIT));
             drop(slave);
             let mut all = String::new();
             near.read_to_string(&mut all).unwrap();
             all
         });
-        terminal(host.into(), master, link, key()).await;
+        terminal(host.into(), master, exit, link, key()).await;
         // The echo, then the answer.
         assert_eq!(session.await.unwrap(), "hello\r\nbye");
+    }
+
+    #[tokio::test]
+    async fn a_terminal_can_be_closed_and_opened_again() {
+        let (link, _init) = link();
+        let (mut near, host) = UnixStream::pair().unwrap();
+        let (mut slave, master) = pair();
+        let again = Arc::clone(&master);
+        let (ended, exit) = watch::channel(None);
+        let session = tokio::task::spawn_blocking(move || {
+            let mut first = [0; 5];
+            slave.write_all(b"first").unwrap();
+            near.read_exact(&mut first).unwrap();
+            drop(slave);
+            // Nobody has it open now: a reader of the master that does not hold the other end is told EIO at once.
+            let mut slave = File::from(vz_sys::tty::open_slave(&*again).unwrap());
+            slave.write_all(b"second").unwrap();
+            drop((slave, again));
+            ended.send_replace(Some(EXIT));
+            let mut rest = String::new();
+            near.read_to_string(&mut rest).unwrap();
+            (first, rest)
+        });
+        terminal(host.into(), master, exit, link, key()).await;
+        assert_eq!(session.await.unwrap(), (*b"first", "second".to_owned()));
     }
 }

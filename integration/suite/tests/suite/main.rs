@@ -26,6 +26,7 @@ mod oci;
 mod options;
 mod run;
 mod stdio;
+mod volumes;
 
 fn main() -> ExitCode {
     vz_suite::harness::main(&[
@@ -35,6 +36,7 @@ fn main() -> ExitCode {
         bench::TESTS,
         run::TESTS,
         files::TESTS,
+        volumes::TESTS,
         disks::TESTS,
         options::TESTS,
         stdio::TESTS,

@@ -22,6 +22,7 @@ tests![
     output_of_a_process_that_ends_at_once_is_never_lost,
     output_of_an_exec_that_ends_at_once_is_never_lost,
     output_waits_for_the_next_client,
+    a_terminal_that_is_closed_and_opened_again_goes_on,
 ];
 
 /// Bytes that do not repeat.
@@ -204,5 +205,22 @@ fn output_waits_for_the_next_client(lab: &Lab) -> Verdict {
     let text = output.text();
     assert!(text.ends_with("xEND"), "the end of the output is missing");
     assert_eq!(text.len(), bytes + 3, "output was lost or repeated");
+    Ok(())
+}
+
+fn a_terminal_that_is_closed_and_opened_again_goes_on(lab: &Lab) -> Verdict {
+    // As systemd does with its console.
+    let script = "echo first; exec 0<&- 1>&- 2>&-; sleep 1; echo second >/dev/console; sleep 1; \
+                  exec >/dev/console 2>&1 </dev/console; echo third";
+    let container = Container::start(lab, "reopen", &["-t", BUSYBOX, "sh", "-c", script]);
+    container.nerdctl("wait").ok();
+    let lines: Vec<String> = container.logs().lines().map(|line| line.trim().to_owned()).collect();
+    assert_eq!(lines, ["first", "second", "third"]);
+    let other = Container::start(lab, "other", &[BUSYBOX, "sleep", "1000"]);
+    let script = "echo first; t=$(tty); exec 0<&- 1>&- 2>&-; sleep 1; echo second >$t";
+    let args = ["exec", "-it", other.name.as_str(), "sh", "-c", script];
+    let session = Session::start("nerdctl", &args, lab.env(), (24, 80));
+    session.expect("first");
+    session.expect("second");
     Ok(())
 }
