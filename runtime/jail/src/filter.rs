@@ -66,6 +66,7 @@ const fn name(role: Role) -> &'static str {
         Role::Main => "main thread",
         Role::Vcpu => "vCPU thread",
         Role::Fs => "fs thread",
+        Role::Lock => "lock thread",
         Role::Vsock => "vsock thread",
         Role::Net => "net thread",
         Role::Block => "block thread",

@@ -35,6 +35,8 @@ pub enum Role {
     Vcpu,
     /// Serves a queue of virtio-fs.
     Fs,
+    /// Waits for a lock on a file of the guest's.
+    Lock,
     /// Serves virtio-vsock.
     Vsock,
     /// Serves virtio-net.
@@ -49,8 +51,17 @@ pub enum Role {
 
 impl Role {
     /// All of them.
-    pub const ALL: [Self; 8] =
-        [Self::Main, Self::Vcpu, Self::Fs, Self::Vsock, Self::Net, Self::Block, Self::Device, Self::Protocol];
+    pub const ALL: [Self; 9] = [
+        Self::Main,
+        Self::Vcpu,
+        Self::Fs,
+        Self::Lock,
+        Self::Vsock,
+        Self::Net,
+        Self::Block,
+        Self::Device,
+        Self::Protocol,
+    ];
 }
 
 /// Why a process or a thread could not be confined.

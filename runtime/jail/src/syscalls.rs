@@ -119,6 +119,9 @@ const FS: &[Allow] = &[
     INTERRUPT,
     Any(SYS_capget),
     Any(SYS_capset),
+    // A thread for a request that waits for a lock, no process; and that thread's own filter and way to it.
+    Masked(SYS_clone, 0, CLONE_THREAD, CLONE_THREAD),
+    Any(SYS_seccomp),
     Any(SYS_copy_file_range),
     Any(SYS_dup),
     Any(SYS_fallocate),
@@ -149,7 +152,7 @@ const FS: &[Allow] = &[
     Any(SYS_openat),
     Any(SYS_openat2),
     // libcap-ng looks at what a thread has before it changes that.
-    OneOf(SYS_prctl, 0, &[libc::PR_CAPBSET_READ as u32, libc::PR_CAP_AMBIENT as u32]),
+    OneOf(SYS_prctl, 0, &[libc::PR_CAPBSET_READ as u32, libc::PR_CAP_AMBIENT as u32, libc::PR_SET_NO_NEW_PRIVS as u32]),
     Any(SYS_pread64),
     Any(SYS_preadv),
     Any(SYS_preadv2),
@@ -172,6 +175,9 @@ const FS: &[Allow] = &[
     OneOf(SYS_unshare, 0, &[libc::CLONE_FS as u32]),
     Any(SYS_utimensat),
 ];
+
+/// Locks on files that are open; those of POSIX are by fcntl. The end wakes the thread of the queue.
+const LOCK: &[Allow] = &[Any(SYS_flock)];
 
 /// Connections that are ends of socket pairs.
 const VSOCK: &[Allow] = &[
@@ -258,6 +264,7 @@ impl Role {
             Self::Main => MAIN,
             Self::Vcpu => VCPU,
             Self::Fs => FS,
+            Self::Lock => LOCK,
             Self::Vsock => VSOCK,
             Self::Net => NET,
             Self::Block => BLOCK,
@@ -269,7 +276,8 @@ impl Role {
     /// What fails with an error.
     pub(crate) const fn refused(self) -> &'static [(c_long, c_int)] {
         match self {
-            Self::Fs => &[],
+            // It starts threads, and so tries what those that start the machine's try.
+            Self::Fs => REFUSED_AT_START,
             _ => REFUSED,
         }
     }

@@ -1,11 +1,12 @@
 //! The devices that every machine has.
 
-use std::{fs::File, os::fd::OwnedFd, time::Duration};
+use std::{fs::File, io, os::fd::OwnedFd, time::Duration};
 
+use vz_jail::Role;
 use vz_proto::GUEST_CID;
 use vz_virtio::{
     blk::{self, Blk, BlkQueue},
-    fs::{self, Fs},
+    fs::{self, Fs, Threads},
     vsock::{self, Handle, Vsock},
 };
 
@@ -20,9 +21,9 @@ const FS_CACHE: Duration = Duration::from_millis(100);
 /// Request queues: more do not help, since the guest gives each vCPU one.
 const MOST_REQUEST_QUEUES: u32 = 4;
 /// Descriptors that are ours and not the guest's: each connection has one, and may be on its way with another.
-const OWN_FDS: u64 = 2 * (vsock::DIALS + 2 * vsock::GUEST_MADE) as u64 + 128;
-/// Fewer files than this a guest may well want to know at once.
-const FEW_FDS: u64 = 1 << 16;
+const OWN_FDS: u64 = 2 * (vsock::DIALS + 2 * vsock::GUEST_MADE) as u64 + fs::OWN_FDS + 128;
+/// Fewer than this a guest may well want to have open at once.
+const FEW_FDS: u64 = 1 << 13;
 
 /// Backends, before a machine serves them.
 #[derive(Debug)]
@@ -75,14 +76,24 @@ pub(crate) fn request_queues(config: &BootConfig) -> u16 {
     u16::try_from(config.vcpus.min(MOST_REQUEST_QUEUES)).unwrap_or(1).max(1)
 }
 
+/// Starts a thread that waits for locks.
+fn lock_thread(work: fs::Work) -> io::Result<()> {
+    let refused = |e: vz_jail::Error| {
+        // Nothing unconfined runs, and what it was to wait for goes unanswered: the device is of no use any more.
+        panic!("confine lock thread: {}", vz_sys::error::chain(&e));
+    };
+    vz_jail::spawn(Role::Lock, "fs-lock", work, refused).map(drop)
+}
+
 impl Devices {
     /// Makes them; call it inside of the jail.
     pub(crate) fn new(config: &BootConfig, share: ShareRoot) -> Result<(Self, Handle), LaunchError> {
-        let fd_limit = share.nofile.saturating_sub(OWN_FDS).max(OWN_FDS);
+        let fd_limit = share.nofile.saturating_sub(OWN_FDS).max(share.nofile / 2);
         if fd_limit < FEW_FDS {
             tracing::warn!(
-                "guest can know {fd_limit} shared files at once, and gets ENFILE beyond that: \
-                 raise the limit of open files (LimitNOFILE) of containerd"
+                "guest can have some {} shared files open at once, and gets ENFILE beyond that: \
+                 raise the limit of open files (LimitNOFILE) of containerd",
+                fd_limit / 2
             );
         }
         let fs = Fs::new(fs::Config {
@@ -92,6 +103,7 @@ impl Devices {
             proc_self_fd: Some(share.proc_self_fd),
             cache: FS_CACHE,
             fd_limit,
+            lock_threads: Threads::new(lock_thread),
         })?;
         let (vsock, handle) = Vsock::new(GUEST_CID, config.guest_ports.iter().copied()).map_err(LaunchError::Vsock)?;
         Ok((Self { fs, vsock }, handle))

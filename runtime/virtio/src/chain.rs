@@ -207,6 +207,7 @@ pub(crate) fn serve(
             let head = chain.head_index();
             match f(chain) {
                 Served::Used(len) => queue.add_used(memory, head, len).map_err(Error::Ring)?,
+                Served::Later => {}
                 Served::NotNow => {
                     queue.go_to_previous_position();
                     return Ok((taken > 0, false));
@@ -254,6 +255,8 @@ pub(crate) fn add_used_together(queue: &mut Queue, memory: &Memory, chains: &[(u
 pub(crate) enum Served {
     /// Done; this many bytes were written to it.
     Used(u32),
+    /// Taken, to be returned when it is done.
+    Later,
     /// Left in the queue; the caller comes back by itself.
     NotNow,
 }

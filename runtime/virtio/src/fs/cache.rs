@@ -8,11 +8,7 @@
 //! Time stamps are coarse: two writes within one tick look like one. So a file counts only where its last change is
 //! [`QUIET`] ago at both opens, by which time a further change must show.
 
-use std::{
-    collections::HashMap,
-    sync::{Mutex, PoisonError},
-    time::{Duration, SystemTime, UNIX_EPOCH},
-};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use virtiofsd::{filesystem::OpenOptions, fuse::Attr};
 
@@ -21,44 +17,27 @@ const QUIET: Duration = Duration::from_secs(2);
 
 /// What tells two states of a file apart.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Stamp {
+pub(super) struct Stamp {
     size: u64,
     changed: (u64, u32),
     modified: (u64, u32),
 }
 
-/// Files as they were when the guest opened them last, by inode. Not more than the guest knows inodes.
-#[derive(Debug, Default)]
-pub(super) struct Opened(Mutex<HashMap<u64, Stamp>>);
-
-impl Opened {
-    /// Options for a file that is opened with these flags and had these attributes right before, at `now`.
-    pub(super) fn options(&self, inode: u64, flags: u32, attr: &Attr, now: SystemTime) -> OpenOptions {
-        let flags = flags.cast_signed();
-        let mut options = OpenOptions::empty();
-        // There is nothing to report at the end of reading.
-        options.set(OpenOptions::NOFLUSH, flags & libc::O_ACCMODE == libc::O_RDONLY);
-        let stamp =
-            Stamp { size: attr.size, changed: (attr.ctime, attr.ctimensec), modified: (attr.mtime, attr.mtimensec) };
-        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if flags & libc::O_TRUNC != 0 || !is_quiet(stamp.changed, now) {
-            known.remove(&inode);
-        } else {
-            let before = known.insert(inode, stamp);
-            options.set(OpenOptions::KEEP_CACHE, before == Some(stamp));
-        }
-        options
+/// Options for a file that is opened with these flags and had these attributes right before, at `now`. `known` is how it
+/// was when the guest opened it last.
+pub(super) fn options(known: &mut Option<Stamp>, flags: u32, attr: &Attr, now: SystemTime) -> OpenOptions {
+    let flags = flags.cast_signed();
+    let mut options = OpenOptions::empty();
+    // There is nothing to report at the end of reading.
+    options.set(OpenOptions::NOFLUSH, flags & libc::O_ACCMODE == libc::O_RDONLY);
+    let stamp =
+        Stamp { size: attr.size, changed: (attr.ctime, attr.ctimensec), modified: (attr.mtime, attr.mtimensec) };
+    if flags & libc::O_TRUNC != 0 || !is_quiet(stamp.changed, now) {
+        *known = None;
+    } else {
+        options.set(OpenOptions::KEEP_CACHE, known.replace(stamp) == Some(stamp));
     }
-
-    /// The guest gives up references to the inode, maybe all of them.
-    pub(super) fn forget(&self, inode: u64) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&inode);
-    }
-
-    /// The guest gives up everything.
-    pub(super) fn clear(&self) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).clear();
-    }
+    options
 }
 
 fn is_quiet((seconds, nanos): (u64, u32), now: SystemTime) -> bool {
@@ -84,8 +63,8 @@ mod tests {
 
     #[test]
     fn pages_are_kept_from_the_second_open_of_a_quiet_file_on() {
-        let opened = Opened::default();
-        let keeps = |attr: &Attr, now| opened.options(7, READ, attr, now).contains(OpenOptions::KEEP_CACHE);
+        let mut known = None;
+        let mut keeps = |attr: &Attr, now| options(&mut known, READ, attr, now).contains(OpenOptions::KEEP_CACHE);
         assert!(!keeps(&file(100), at(101)));
         assert!(!keeps(&file(100), at(102)));
         assert!(keeps(&file(100), at(102)));
@@ -101,23 +80,19 @@ mod tests {
     }
 
     #[test]
-    fn forgotten_and_truncated_files_start_over() {
-        let opened = Opened::default();
-        let keeps =
-            |flags: i32| opened.options(7, flags.cast_unsigned(), &file(1), at(100)).contains(OpenOptions::KEEP_CACHE);
+    fn truncated_files_start_over() {
+        let mut known = None;
+        let mut keeps = |flags: i32| {
+            options(&mut known, flags.cast_unsigned(), &file(1), at(100)).contains(OpenOptions::KEEP_CACHE)
+        };
         assert!(!keeps(libc::O_RDONLY) && keeps(libc::O_RDWR));
-        opened.forget(7);
-        assert!(!keeps(libc::O_RDONLY) && keeps(libc::O_RDONLY));
         assert!(!keeps(libc::O_RDWR | libc::O_TRUNC) && !keeps(libc::O_RDONLY) && keeps(libc::O_RDONLY));
-        opened.clear();
-        assert!(!keeps(libc::O_RDONLY));
     }
 
     #[test]
     fn only_readers_need_no_flush() {
-        let opened = Opened::default();
         for (flags, wanted) in [(libc::O_RDONLY, true), (libc::O_WRONLY, false), (libc::O_RDWR, false)] {
-            let options = opened.options(7, flags.cast_unsigned(), &file(1), at(100));
+            let options = options(&mut None, flags.cast_unsigned(), &file(1), at(100));
             assert_eq!(options.contains(OpenOptions::NOFLUSH), wanted);
         }
     }

@@ -6,6 +6,7 @@
 
 use std::{
     ffi::CStr,
+    fs::File,
     io,
     sync::Arc,
     time::{Duration, SystemTime},
@@ -17,9 +18,17 @@ use virtiofsd::{
         SetxattrFlags, ZeroCopyReader, ZeroCopyWriter,
     },
     fuse::{Attr, FsOptions, SetattrIn},
+    oslib::ReadvFlags,
 };
 
-use super::cache::Opened;
+use nix::fcntl::OFlag;
+
+use super::{
+    cache,
+    locks::{Files, Locks},
+    nobody,
+    nodes::{Live, Nodes},
+};
 
 /// A file system behind the guard. Clones are the same file system.
 #[derive(Debug)]
@@ -28,7 +37,8 @@ pub struct Guarded<F>(Arc<Behind<F>>);
 #[derive(Debug)]
 struct Behind<F> {
     fs: F,
-    opened: Opened,
+    nodes: Nodes,
+    locks: Locks,
     absent: Duration,
 }
 
@@ -40,8 +50,69 @@ impl<F> Clone for Guarded<F> {
 
 impl<F> Guarded<F> {
     /// Puts `fs` behind the guard. For `absent` the guest believes that a name is not there.
-    pub fn new(fs: F, absent: Duration) -> Self {
-        Self(Arc::new(Behind { fs, opened: Opened::default(), absent }))
+    /// Its inodes and open files have `fd_limit` descriptors.
+    pub(super) fn new(fs: F, absent: Duration, locks: Locks, fd_limit: u64) -> Self {
+        Self(Arc::new(Behind { fs, nodes: Nodes::new(fd_limit), locks, absent }))
+    }
+}
+
+impl<F: FileSystem> Guarded<F> {
+    /// What virtiofsd has for the guest's inode.
+    fn live(&self, inode: impl Into<u64>) -> io::Result<Arc<Live>> {
+        self.0.nodes.get(&self.0.fs, inode.into())
+    }
+
+    /// Makes the guest's of an entry of virtiofsd's.
+    fn found(&self, parent: u64, name: &CStr, mut entry: Entry) -> io::Result<Entry> {
+        self.0.nodes.found(&self.0.fs, parent, name, &mut entry, 0)?;
+        Ok(entry)
+    }
+
+    fn make_room(&self, wanted: u64) {
+        self.0.nodes.make_room(&self.0.fs, wanted);
+    }
+}
+
+/// Lends the file that it is to be filled from, in place of being filled.
+struct Borrow<'a, R, G> {
+    with: Option<G>,
+    got: &'a mut Option<R>,
+}
+
+impl<R, G: FnOnce(&File) -> io::Result<R>> ZeroCopyWriter for Borrow<'_, R, G> {
+    fn read_from_file_at(
+        &mut self,
+        f: &File,
+        _count: usize,
+        _off: u64,
+        _flags: Option<ReadvFlags>,
+    ) -> io::Result<usize> {
+        if let Some(with) = self.with.take() {
+            *self.got = Some(with(f)?);
+        }
+        Ok(0)
+    }
+}
+
+impl<F: FileSystem> Files for Guarded<F> {
+    /// virtiofsd has no other way to an open file than to read from it.
+    fn with<R>(&self, inode: u64, handle: u64, f: impl FnOnce(&File) -> io::Result<R>) -> io::Result<R> {
+        let live = self.live(inode)?;
+        let mut got = None;
+        let borrow = Borrow { with: Some(f), got: &mut got };
+        self.0.fs.read(nobody(), live.number().into(), handle.into(), borrow, 1, 0, None, 0)?;
+        got.ok_or_else(|| io::Error::from_raw_os_error(libc::EBADF))
+    }
+
+    fn reopen(&self, inode: u64, flags: OFlag) -> io::Result<File> {
+        self.make_room(1);
+        let live = self.live(inode)?;
+        let flags = (flags | OFlag::O_NONBLOCK).bits().cast_unsigned();
+        let (handle, _) = self.0.fs.open(nobody(), live.number().into(), false, flags)?;
+        let handle = handle.ok_or_else(|| io::Error::from_raw_os_error(libc::EBADF))?.into();
+        let file = self.with(inode, handle, File::try_clone);
+        self.0.fs.release(nobody(), live.number().into(), 0, handle.into(), false, false, None)?;
+        file
     }
 }
 
@@ -69,18 +140,26 @@ impl<F: FileSystem> FileSystem for Guarded<F> {
     type DirIter = F::DirIter;
 
     fn init(&self, capable: FsOptions) -> io::Result<FsOptions> {
+        self.0.locks.clear();
+        let options = self.0.fs.init(capable)?;
+        self.0.nodes.start();
         // An inode's link text never changes: another text is another inode.
-        Ok(self.0.fs.init(capable)? | FsOptions::CACHE_SYMLINKS)
+        Ok(options | FsOptions::CACHE_SYMLINKS | FsOptions::POSIX_LOCKS | FsOptions::FLOCK_LOCKS)
     }
 
     fn destroy(&self) {
-        self.0.opened.clear();
+        self.0.locks.clear();
+        self.0.nodes.clear();
         self.0.fs.destroy();
     }
 
     fn lookup(&self, ctx: Context, parent: Self::Inode, name: &CStr) -> io::Result<Entry> {
         component(name)?;
-        match self.0.fs.lookup(ctx, parent, name) {
+        self.make_room(1);
+        let number = parent.into();
+        let live = self.live(number)?;
+        match self.0.fs.lookup(ctx, live.number().into(), name) {
+            Ok(entry) => self.found(number, name, entry),
             // No inode is a name that is not there, and may be remembered for a while.
             Err(e) if e.raw_os_error() == Some(libc::ENOENT) && !self.0.absent.is_zero() => Ok(Entry {
                 inode: 0,
@@ -89,14 +168,12 @@ impl<F: FileSystem> FileSystem for Guarded<F> {
                 attr_timeout: Duration::ZERO,
                 entry_timeout: self.0.absent,
             }),
-            other => other,
+            Err(e) => Err(e),
         }
     }
 
-    fn forget(&self, ctx: Context, inode: Self::Inode, count: u64) {
-        let number = inode.into();
-        self.0.opened.forget(number);
-        self.0.fs.forget(ctx, number.into(), count);
+    fn forget(&self, _ctx: Context, inode: Self::Inode, count: u64) {
+        self.0.nodes.forget(&self.0.fs, inode.into(), count);
     }
 
     fn batch_forget(&self, ctx: Context, requests: Vec<(Self::Inode, u64)>) {
@@ -106,7 +183,8 @@ impl<F: FileSystem> FileSystem for Guarded<F> {
     }
 
     fn getattr(&self, ctx: Context, inode: Self::Inode, handle: Option<Self::Handle>) -> io::Result<(Attr, Duration)> {
-        self.0.fs.getattr(ctx, inode, handle)
+        let live = self.live(inode)?;
+        self.0.fs.getattr(ctx, live.number().into(), handle)
     }
 
     fn setattr(
@@ -117,11 +195,13 @@ impl<F: FileSystem> FileSystem for Guarded<F> {
         handle: Option<Self::Handle>,
         valid: SetattrValid,
     ) -> io::Result<(Attr, Duration)> {
-        self.0.fs.setattr(ctx, inode, attr, handle, valid)
+        let live = self.live(inode)?;
+        self.0.fs.setattr(ctx, live.number().into(), attr, handle, valid)
     }
 
     fn readlink(&self, ctx: Context, inode: Self::Inode) -> io::Result<Vec<u8>> {
-        self.0.fs.readlink(ctx, inode)
+        let live = self.live(inode)?;
+        self.0.fs.readlink(ctx, live.number().into())
     }
 
     fn symlink(
@@ -133,7 +213,11 @@ impl<F: FileSystem> FileSystem for Guarded<F> {
         extensions: Extensions,
     ) -> io::Result<Entry> {
         entry(name)?;
-        self.0.fs.symlink(ctx, linkname, parent, name, extensions)
+        self.make_room(1);
+        let number = parent.into();
+        let live = self.live(number)?;
+        let made = self.0.fs.symlink(ctx, linkname, live.number().into(), name, extensions)?;
+        self.found(number, name, made)
     }
 
     #[allow(clippy::too_many_arguments)]
@@ -148,7 +232,11 @@ impl<F: FileSystem> FileSystem for Guarded<F> {
         extensions: Extensions,
     ) -> io::Result<Entry> {
         entry(name)?;
-        self.0.fs.mknod(ctx, inode, name, mode, rdev, umask, extensions)
+        self.make_room(1);
+        let number = inode.into();
+        let live = self.live(number)?;
+        let made = self.0.fs.mknod(ctx, live.number().into(), name, mode, rdev, umask, extensions)?;
+        self.found(number, name, made)
     }
 
     fn mkdir(
@@ -161,17 +249,29 @@ impl<F: FileSystem> FileSystem for Guarded<F> {
         extensions: Extensions,
     ) -> io::Result<Entry> {
         entry(name)?;
-        self.0.fs.mkdir(ctx, parent, name, mode, umask, extensions)
+        self.make_room(1);
+        let number = parent.into();
+        let live = self.live(number)?;
+        let made = self.0.fs.mkdir(ctx, live.number().into(), name, mode, umask, extensions)?;
+        self.found(number, name, made)
     }
 
     fn unlink(&self, ctx: Context, parent: Self::Inode, name: &CStr) -> io::Result<()> {
         entry(name)?;
-        self.0.fs.unlink(ctx, parent, name)
+        let number = parent.into();
+        let live = self.live(number)?;
+        self.0.fs.unlink(ctx, live.number().into(), name)?;
+        self.0.nodes.removed(&self.0.fs, number, name);
+        Ok(())
     }
 
     fn rmdir(&self, ctx: Context, parent: Self::Inode, name: &CStr) -> io::Result<()> {
         entry(name)?;
-        self.0.fs.rmdir(ctx, parent, name)
+        let number = parent.into();
+        let live = self.live(number)?;
+        self.0.fs.rmdir(ctx, live.number().into(), name)?;
+        self.0.nodes.removed(&self.0.fs, number, name);
+        Ok(())
     }
 
     fn rename(
@@ -185,12 +285,21 @@ impl<F: FileSystem> FileSystem for Guarded<F> {
     ) -> io::Result<()> {
         entry(oldname)?;
         entry(newname)?;
-        self.0.fs.rename(ctx, olddir, oldname, newdir, newname, flags)
+        let (old, new) = (olddir.into(), newdir.into());
+        let (old_live, new_live) = (self.live(old)?, self.live(new)?);
+        self.0.fs.rename(ctx, old_live.number().into(), oldname, new_live.number().into(), newname, flags)?;
+        let exchanged = flags & libc::RENAME_EXCHANGE != 0;
+        self.0.nodes.renamed(&self.0.fs, (old, oldname), (new, newname), exchanged);
+        Ok(())
     }
 
     fn link(&self, ctx: Context, inode: Self::Inode, newparent: Self::Inode, newname: &CStr) -> io::Result<Entry> {
         entry(newname)?;
-        self.0.fs.link(ctx, inode, newparent, newname)
+        self.make_room(2);
+        let number = newparent.into();
+        let (live, parent) = (self.live(inode)?, self.live(number)?);
+        let made = self.0.fs.link(ctx, live.number().into(), parent.number().into(), newname)?;
+        self.found(number, newname, made)
     }
 
     fn open(
@@ -200,12 +309,16 @@ impl<F: FileSystem> FileSystem for Guarded<F> {
         kill_priv: bool,
         flags: u32,
     ) -> io::Result<(Option<Self::Handle>, OpenOptions)> {
+        self.0.nodes.make_room_to_open(&self.0.fs)?;
         let number = inode.into();
+        let live = self.live(number)?;
         // Before it is opened: a change after that will show the next time.
-        let attributes = self.0.fs.getattr(ctx, number.into(), None);
-        let (handle, mut options) = self.0.fs.open(ctx, number.into(), kill_priv, flags)?;
+        let attributes = self.0.fs.getattr(ctx, live.number().into(), None);
+        let (handle, mut options) = self.0.fs.open(ctx, live.number().into(), kill_priv, flags)?;
+        self.0.nodes.opened(number);
         if let Ok((attr, _)) = attributes {
-            options |= self.0.opened.options(number, flags, &attr, SystemTime::now());
+            let keep = |known: &mut _| cache::options(known, flags, &attr, SystemTime::now());
+            options |= self.0.nodes.with_stamp(number, keep).unwrap_or(OpenOptions::empty());
         }
         Ok((handle, options))
     }
@@ -223,7 +336,14 @@ impl<F: FileSystem> FileSystem for Guarded<F> {
         extensions: Extensions,
     ) -> io::Result<(Entry, Option<Self::Handle>, OpenOptions)> {
         entry(name)?;
-        self.0.fs.create(ctx, parent, name, mode, kill_priv, flags, umask, extensions)
+        self.0.nodes.make_room_to_open(&self.0.fs)?;
+        let number = parent.into();
+        let live = self.live(number)?;
+        let (mut made, handle, options) =
+            self.0.fs.create(ctx, live.number().into(), name, mode, kill_priv, flags, umask, extensions)?;
+        // Open from the start: it is not given back in between.
+        self.0.nodes.found(&self.0.fs, number, name, &mut made, 1)?;
+        Ok((made, handle, options))
     }
 
     #[allow(clippy::too_many_arguments)]
@@ -238,7 +358,8 @@ impl<F: FileSystem> FileSystem for Guarded<F> {
         lock_owner: Option<u64>,
         flags: u32,
     ) -> io::Result<usize> {
-        self.0.fs.read(ctx, inode, handle, w, size, offset, lock_owner, flags)
+        let live = self.live(inode)?;
+        self.0.fs.read(ctx, live.number().into(), handle, w, size, offset, lock_owner, flags)
     }
 
     #[allow(clippy::too_many_arguments)]
@@ -255,15 +376,22 @@ impl<F: FileSystem> FileSystem for Guarded<F> {
         kill_priv: bool,
         flags: u32,
     ) -> io::Result<usize> {
+        let live = self.live(inode)?;
+        let inode = live.number().into();
         self.0.fs.write(ctx, inode, handle, r, size, offset, lock_owner, delayed_write, kill_priv, flags)
     }
 
     fn flush(&self, ctx: Context, inode: Self::Inode, handle: Self::Handle, lock_owner: u64) -> io::Result<()> {
-        self.0.fs.flush(ctx, inode, handle, lock_owner)
+        let number = inode.into();
+        let live = self.live(number)?;
+        let flushed = self.0.fs.flush(ctx, live.number().into(), handle, lock_owner);
+        self.0.locks.flushed(number, lock_owner);
+        flushed
     }
 
     fn fsync(&self, ctx: Context, inode: Self::Inode, datasync: bool, handle: Self::Handle) -> io::Result<()> {
-        self.0.fs.fsync(ctx, inode, datasync, handle)
+        let live = self.live(inode)?;
+        self.0.fs.fsync(ctx, live.number().into(), datasync, handle)
     }
 
     fn fallocate(
@@ -275,7 +403,8 @@ impl<F: FileSystem> FileSystem for Guarded<F> {
         offset: u64,
         length: u64,
     ) -> io::Result<()> {
-        self.0.fs.fallocate(ctx, inode, handle, mode, offset, length)
+        let live = self.live(inode)?;
+        self.0.fs.fallocate(ctx, live.number().into(), handle, mode, offset, length)
     }
 
     #[allow(clippy::too_many_arguments)]
@@ -289,11 +418,17 @@ impl<F: FileSystem> FileSystem for Guarded<F> {
         flock_release: bool,
         lock_owner: Option<u64>,
     ) -> io::Result<()> {
-        self.0.fs.release(ctx, inode, flags, handle, flush, flock_release, lock_owner)
+        let (number, open) = (inode.into(), handle.into());
+        let live = self.live(number)?;
+        self.0.fs.release(ctx, live.number().into(), flags, open.into(), flush, flock_release, lock_owner)?;
+        self.0.nodes.closed(number);
+        self.0.locks.released(number, open);
+        Ok(())
     }
 
     fn statfs(&self, ctx: Context, inode: Self::Inode) -> io::Result<libc::statvfs64> {
-        self.0.fs.statfs(ctx, inode)
+        let live = self.live(inode)?;
+        self.0.fs.statfs(ctx, live.number().into())
     }
 
     fn setxattr(
@@ -305,23 +440,32 @@ impl<F: FileSystem> FileSystem for Guarded<F> {
         flags: u32,
         extra_flags: SetxattrFlags,
     ) -> io::Result<()> {
-        self.0.fs.setxattr(ctx, inode, name, value, flags, extra_flags)
+        let live = self.live(inode)?;
+        self.0.fs.setxattr(ctx, live.number().into(), name, value, flags, extra_flags)
     }
 
     fn getxattr(&self, ctx: Context, inode: Self::Inode, name: &CStr, size: u32) -> io::Result<GetxattrReply> {
-        self.0.fs.getxattr(ctx, inode, name, size)
+        let live = self.live(inode)?;
+        self.0.fs.getxattr(ctx, live.number().into(), name, size)
     }
 
     fn listxattr(&self, ctx: Context, inode: Self::Inode, size: u32) -> io::Result<ListxattrReply> {
-        self.0.fs.listxattr(ctx, inode, size)
+        let live = self.live(inode)?;
+        self.0.fs.listxattr(ctx, live.number().into(), size)
     }
 
     fn removexattr(&self, ctx: Context, inode: Self::Inode, name: &CStr) -> io::Result<()> {
-        self.0.fs.removexattr(ctx, inode, name)
+        let live = self.live(inode)?;
+        self.0.fs.removexattr(ctx, live.number().into(), name)
     }
 
     fn opendir(&self, ctx: Context, inode: Self::Inode, flags: u32) -> io::Result<(Option<Self::Handle>, OpenOptions)> {
-        self.0.fs.opendir(ctx, inode, flags)
+        self.0.nodes.make_room_to_open(&self.0.fs)?;
+        let number = inode.into();
+        let live = self.live(number)?;
+        let opened = self.0.fs.opendir(ctx, live.number().into(), flags)?;
+        self.0.nodes.opened(number);
+        Ok(opened)
     }
 
     fn readdir(
@@ -332,19 +476,26 @@ impl<F: FileSystem> FileSystem for Guarded<F> {
         size: u32,
         offset: u64,
     ) -> io::Result<Self::DirIter> {
-        self.0.fs.readdir(ctx, inode, handle, size, offset)
+        let live = self.live(inode)?;
+        self.0.fs.readdir(ctx, live.number().into(), handle, size, offset)
     }
 
     fn fsyncdir(&self, ctx: Context, inode: Self::Inode, datasync: bool, handle: Self::Handle) -> io::Result<()> {
-        self.0.fs.fsyncdir(ctx, inode, datasync, handle)
+        let live = self.live(inode)?;
+        self.0.fs.fsyncdir(ctx, live.number().into(), datasync, handle)
     }
 
     fn releasedir(&self, ctx: Context, inode: Self::Inode, flags: u32, handle: Self::Handle) -> io::Result<()> {
-        self.0.fs.releasedir(ctx, inode, flags, handle)
+        let number = inode.into();
+        let live = self.live(number)?;
+        self.0.fs.releasedir(ctx, live.number().into(), flags, handle)?;
+        self.0.nodes.closed(number);
+        Ok(())
     }
 
     fn access(&self, ctx: Context, inode: Self::Inode, mask: u32) -> io::Result<()> {
-        self.0.fs.access(ctx, inode, mask)
+        let live = self.live(inode)?;
+        self.0.fs.access(ctx, live.number().into(), mask)
     }
 
     fn lseek(
@@ -355,7 +506,8 @@ impl<F: FileSystem> FileSystem for Guarded<F> {
         offset: u64,
         whence: u32,
     ) -> io::Result<u64> {
-        self.0.fs.lseek(ctx, inode, handle, offset, whence)
+        let live = self.live(inode)?;
+        self.0.fs.lseek(ctx, live.number().into(), handle, offset, whence)
     }
 
     #[allow(clippy::too_many_arguments)]
@@ -371,13 +523,17 @@ impl<F: FileSystem> FileSystem for Guarded<F> {
         len: u64,
         flags: u64,
     ) -> io::Result<usize> {
-        self.0.fs.copyfilerange(ctx, inode_in, handle_in, offset_in, inode_out, handle_out, offset_out, len, flags)
+        let (from, to) = (self.live(inode_in)?, self.live(inode_out)?);
+        let (from, to) = (from.number().into(), to.number().into());
+        self.0.fs.copyfilerange(ctx, from, handle_in, offset_in, to, handle_out, offset_out, len, flags)
     }
 
     fn syncfs(&self, ctx: Context, inode: Self::Inode) -> io::Result<()> {
-        self.0.fs.syncfs(ctx, inode)
+        let live = self.live(inode)?;
+        self.0.fs.syncfs(ctx, live.number().into())
     }
 
+    // Locks are served before virtiofsd's server would ask for them.
     fn getlk(&self) -> io::Result<()> {
         self.0.fs.getlk()
     }

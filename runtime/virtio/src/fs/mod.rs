@@ -15,8 +15,8 @@
 
 use std::{
     fs::File,
-    io::{self, Read},
-    sync::Arc,
+    io::{self, Read, Write},
+    sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
@@ -24,26 +24,36 @@ use nix::sched::{CloneFlags, unshare};
 use virtiofsd::{
     descriptor_utils::{Reader, Writer},
     filesystem::{Context, FileSystem},
-    passthrough::{self, CachePolicy, PassthroughFs},
+    passthrough::{self, CachePolicy, NegotiationMode, PassthroughFs},
     server::Server,
 };
 
+use virtio_queue::QueueT;
+use vm_memory::{Address, Bytes, GuestAddress};
+
 use crate::{
-    Backend, Error, Kicks, Kind, Memory, Queues,
+    Backend, Error, Kicks, Kind, Memory, Queues, Source,
     chain::{Chain, Served, serve},
     limit::Mistakes,
+    wake::Wake,
 };
 
 mod cache;
 mod guard;
+mod locks;
+mod nodes;
 pub use guard::Guarded;
+use locks::{Answer, Locks, Request, errno};
+pub use locks::{Threads, Work};
 
 /// Largest tag in bytes.
 const TAG: usize = 36;
 /// Size of each queue.
 const QUEUE_SIZE: u16 = 1024;
-/// Chains of one queue that are served in one call.
-const BATCH: usize = 4096;
+/// Requests that are served before the guest hears of those that are done.
+const BATCH: usize = 16;
+/// Descriptors besides those of [`Config::fd_limit`]: those of locks, and of requests on their way.
+pub const OWN_FDS: u64 = locks::OWNERS as u64 + 512 + 64;
 
 /// Bytes of a FUSE request's and of a reply's header.
 const REQUEST_HEADER: usize = 40;
@@ -52,6 +62,15 @@ const REPLY_HEADER: usize = 16;
 const FORGET: u32 = 2;
 const INTERRUPT: u32 = 36;
 const BATCH_FORGET: u32 = 42;
+/// Requests that virtiofsd knows by name only.
+const GETLK: u32 = 31;
+const SETLK: u32 = 32;
+const SETLKW: u32 = 33;
+/// A lock request that is one of flock(2).
+const FLOCK: u32 = 1;
+/// Bytes of a lock request, of the lock that an answer to GETLK has, and of an interrupt.
+const LOCK: usize = 48;
+const FOUND: usize = 24;
 
 /// The unused type parameter of [`Server::handle_message`]: we have no backend channel.
 type NoChannel = ();
@@ -72,6 +91,8 @@ pub struct Config {
     pub cache: Duration,
     /// Most descriptors that the guest's inodes and open files may take.
     pub fd_limit: u64,
+    /// Where requests wait for locks.
+    pub lock_threads: Threads,
 }
 
 /// Why a share cannot be made.
@@ -86,6 +107,9 @@ pub enum ConfigError {
     /// virtiofsd refused.
     #[error("set up share")]
     Share(#[source] io::Error),
+    /// A system call failed.
+    #[error("{0} for share")]
+    System(&'static str, #[source] io::Error),
 }
 
 /// The device, before its queues are handed to threads.
@@ -97,7 +121,7 @@ pub struct Fs {
 impl Fs {
     /// Sets up the share. Sets the process's umask to 0, which creating files with the guest's modes needs.
     pub fn new(config: Config) -> Result<Self, ConfigError> {
-        let Config { root, tag, request_queues, proc_self_fd, cache, fd_limit } = config;
+        let Config { root, tag, request_queues, proc_self_fd, cache, fd_limit, lock_threads } = config;
         if tag.is_empty() || tag.len() > TAG {
             return Err(ConfigError::Tag(tag));
         }
@@ -119,18 +143,28 @@ impl Fs {
             killpriv_v2: true,
             // Without, files of different mounts can have the same device and inode number in the guest.
             announce_submounts: true,
+            // A list that the host has set counts in the guest, whose kernel looks at it.
+            posix_acl: NegotiationMode::Auto,
             proc_sfd_rawfd: proc_self_fd,
             guest_fd_limit: fd_limit,
             ..passthrough::Config::default()
         })
         .map_err(ConfigError::Share)?;
-        let fs = Guarded::new(fs, cache);
-        let server: Arc<dyn Serve> = Arc::new(Share { server: Server::new(fs.clone()), fs });
+        vz_sys::thread::allow_interrupts().map_err(|e| ConfigError::System("handle signals", e))?;
+        let locks = Locks::new(lock_threads);
+        let fs = Guarded::new(fs, cache, locks.clone(), fd_limit);
+        let server: Arc<dyn Serve> = Arc::new(Share { server: Server::new(fs.clone()), fs, locks });
         let space: Arc<[u8]> = space.into();
-        let queues = (0..=request_queues)
-            .map(|_| FsQueue { server: Arc::clone(&server), space: Arc::clone(&space), mistakes: Mistakes::new("fs") })
-            .collect();
-        Ok(Self { queues })
+        let queue = |number| {
+            Ok(FsQueue {
+                number: usize::from(number),
+                server: Arc::clone(&server),
+                space: Arc::clone(&space),
+                later: Arc::new(Later::new().map_err(|e| ConfigError::System("make eventfd", e))?),
+                mistakes: Mistakes::new("fs"),
+            })
+        };
+        Ok(Self { queues: (0..=request_queues).map(queue).collect::<Result<_, _>>()? })
     }
 
     /// The high-priority queue and the request queues, each a backend that sees itself as queue 0.
@@ -145,11 +179,32 @@ trait Serve: Send + Sync {
     fn serve(&self, reader: Reader<'_>, writer: Writer<'_>) -> virtiofsd::Result<usize>;
     /// The guest drops references to an inode.
     fn forget(&self, inode: u64, count: u64);
+    /// What keeps the guest from a lock.
+    fn lock_in_the_way(&self, request: &Request) -> io::Result<locks::Range>;
+    /// The guest wants a lock now.
+    fn lock(&self, request: &Request) -> io::Result<()>;
+    /// The guest waits for a lock.
+    fn wait_for_lock(&self, request: &Request, unique: u64, queue: usize, answer: Box<dyn Answer>);
+    /// All locks.
+    fn locks(&self) -> &Locks;
 }
 
 struct Share<F: FileSystem + Send + Sync> {
     server: Server<Guarded<F>>,
     fs: Guarded<F>,
+    locks: Locks,
+}
+
+impl<F: FileSystem + Send + Sync> Drop for Share<F> {
+    /// Those who wait would do so for ever, for locks that nobody gives up.
+    fn drop(&mut self) {
+        self.locks.clear();
+    }
+}
+
+/// Who asks where nobody's rights are looked at.
+fn nobody() -> Context {
+    Context { uid: u32::MAX.into(), gid: u32::MAX.into(), pid: 0 }
 }
 
 impl<F: FileSystem + Send + Sync> Serve for Share<F> {
@@ -158,16 +213,100 @@ impl<F: FileSystem + Send + Sync> Serve for Share<F> {
     }
 
     fn forget(&self, inode: u64, count: u64) {
-        // Nobody's rights are looked at.
-        let nobody = Context { uid: u32::MAX.into(), gid: u32::MAX.into(), pid: 0 };
-        self.fs.forget(nobody, inode.into(), count);
+        self.fs.forget(nobody(), inode.into(), count);
     }
+
+    fn lock_in_the_way(&self, request: &Request) -> io::Result<locks::Range> {
+        self.locks.get(&self.fs, request)
+    }
+
+    fn lock(&self, request: &Request) -> io::Result<()> {
+        self.locks.set(&self.fs, request)
+    }
+
+    fn wait_for_lock(&self, request: &Request, unique: u64, queue: usize, answer: Box<dyn Answer>) {
+        self.locks.wait(&self.fs, request, unique, queue, answer);
+    }
+
+    fn locks(&self) -> &Locks {
+        &self.locks
+    }
+}
+
+/// Answers of a queue that come when its thread is at something else.
+#[derive(Debug)]
+struct Later {
+    done: Mutex<Done>,
+    wake: Wake,
+}
+
+#[derive(Debug, Default)]
+struct Done {
+    /// Grows with each reset: what was asked before is not answered after.
+    generation: u64,
+    answers: Vec<Reply>,
+}
+
+/// An answer without a body.
+#[derive(Debug)]
+struct Reply {
+    head: u16,
+    address: GuestAddress,
+    unique: u64,
+    error: i32,
+}
+
+impl Later {
+    fn new() -> io::Result<Self> {
+        Ok(Self { done: Mutex::default(), wake: Wake::new()? })
+    }
+
+    fn done(&self) -> std::sync::MutexGuard<'_, Done> {
+        self.done.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whoever answers takes this along.
+    fn slip(self: &Arc<Self>, head: u16, address: GuestAddress, unique: u64) -> Box<dyn Answer> {
+        let generation = self.done().generation;
+        Box::new(Slip { later: Arc::clone(self), generation, reply: Reply { head, address, unique, error: 0 } })
+    }
+}
+
+struct Slip {
+    later: Arc<Later>,
+    generation: u64,
+    reply: Reply,
+}
+
+impl Answer for Slip {
+    fn answer(self: Box<Self>, error: i32) {
+        let Self { later, generation, mut reply } = *self;
+        reply.error = error;
+        let mut done = later.done();
+        if done.generation == generation {
+            done.answers.push(reply);
+            later.wake.signal();
+        }
+    }
+}
+
+/// A reply's header: its length, the negated error, and which request it answers.
+fn reply_header(body: usize, error: i32, unique: u64) -> [u8; REPLY_HEADER] {
+    let len = u32::try_from(body.saturating_add(REPLY_HEADER)).unwrap_or(0);
+    let mut header = [0; REPLY_HEADER];
+    let fields = len.to_le_bytes().into_iter().chain(error.saturating_neg().to_le_bytes()).chain(unique.to_le_bytes());
+    for (place, byte) in header.iter_mut().zip(fields) {
+        *place = byte;
+    }
+    header
 }
 
 /// One queue of the device.
 pub struct FsQueue {
+    number: usize,
     server: Arc<dyn Serve>,
     space: Arc<[u8]>,
+    later: Arc<Later>,
     mistakes: Mistakes,
 }
 
@@ -190,14 +329,24 @@ enum BadRequest {
     Server(virtiofsd::Error),
 }
 
-fn handle(server: &dyn Serve, memory: &Memory, chain: Chain<'_>) -> Result<usize, BadRequest> {
+/// What became of a request: how many bytes its reply has, or `None` where it is answered later.
+fn handle(
+    server: &dyn Serve,
+    memory: &Memory,
+    chain: Chain<'_>,
+    queue: usize,
+    later: &Arc<Later>,
+) -> Result<Option<usize>, BadRequest> {
+    if matches!(opcode(memory, &chain), Some(GETLK | SETLK | SETLKW)) {
+        return lock(server, memory, &chain, queue, later);
+    }
     let mut reader = Reader::new(memory, chain.clone()).map_err(BadRequest::Buffers)?;
     let writer = Writer::new(memory, chain).map_err(BadRequest::Buffers)?;
     if reader.available_bytes() < REQUEST_HEADER {
         return Err(BadRequest::Short(reader.available_bytes()));
     }
     if writer.available_bytes() >= REPLY_HEADER {
-        return server.serve(reader, writer).map_err(BadRequest::Server);
+        return server.serve(reader, writer).map(Some).map_err(BadRequest::Server);
     }
     // virtiofsd panics where it wants to reply and there is no room. It reads the opcode itself, and the guest can change
     // it in between: so the requests without reply are done here, from a copy.
@@ -224,11 +373,79 @@ fn handle(server: &dyn Serve, memory: &Memory, chain: Chain<'_>) -> Result<usize
                 server.forget(long(&mut fields), long(&mut fields));
             }
         }
-        // virtiofsd does not interrupt.
-        INTERRUPT => {}
+        // Nothing else takes long enough.
+        INTERRUPT => {
+            let mut unique = [0u8; 8];
+            reader.read_exact(&mut unique).map_err(|_| BadRequest::Short(REQUEST_HEADER))?;
+            server.locks().interrupt(u64::from_le_bytes(unique));
+        }
         _ => return Err(BadRequest::NoRoom(writer.available_bytes(), opcode)),
     }
-    Ok(0)
+    Ok(Some(0))
+}
+
+/// What a request wants, where its first buffer says so. The guest can change it at any time: who acts on it reads it once.
+fn opcode(memory: &Memory, chain: &Chain<'_>) -> Option<u32> {
+    let first = chain.clone().readable().next()?;
+    let address = first.addr().checked_add(4).filter(|_| first.len() >= 8)?;
+    let mut opcode = [0; 4];
+    memory.read_slice(&mut opcode, address).ok()?;
+    Some(u32::from_le_bytes(opcode))
+}
+
+/// Serves a request about a lock.
+fn lock(
+    server: &dyn Serve,
+    memory: &Memory,
+    chain: &Chain<'_>,
+    queue: usize,
+    later: &Arc<Later>,
+) -> Result<Option<usize>, BadRequest> {
+    let mut reader = Reader::new(memory, chain.clone()).map_err(BadRequest::Buffers)?;
+    let mut writer = Writer::new(memory, chain.clone()).map_err(BadRequest::Buffers)?;
+    let (available, room) = (reader.available_bytes(), writer.available_bytes());
+    let mut bytes = [0u8; REQUEST_HEADER + LOCK];
+    reader.read_exact(&mut bytes).map_err(|_| BadRequest::Short(available))?;
+    let mut fields = bytes.as_slice();
+    let (_len, opcode, unique, inode) = (word(&mut fields), word(&mut fields), long(&mut fields), long(&mut fields));
+    // Who asks does not matter: the guest's kernel has looked at that when the file was opened.
+    let (_who, _pid) = (long(&mut fields), long(&mut fields));
+    let (handle, owner, start, end) = (long(&mut fields), long(&mut fields), long(&mut fields), long(&mut fields));
+    let (kind, pid, flags) = (word(&mut fields), word(&mut fields), word(&mut fields));
+    if room < REPLY_HEADER {
+        return Err(BadRequest::NoRoom(room, opcode));
+    }
+    let request = locks::Kind::new(kind).map(|kind| Request {
+        inode,
+        handle,
+        owner,
+        flock: flags & FLOCK != 0,
+        range: locks::Range { start, end, kind, pid },
+    });
+    let mut body = Vec::new();
+    let done = match (opcode, request) {
+        (_, Err(e)) => Err(e),
+        (GETLK, Ok(request)) => server.lock_in_the_way(&request).map(|found| body.extend(found.bytes())),
+        (SETLKW, Ok(request)) => match chain.clone().writable().next() {
+            Some(first) if usize::try_from(first.len()).is_ok_and(|len| len >= REPLY_HEADER) => {
+                let slip = later.slip(chain.head_index(), first.addr(), unique);
+                server.wait_for_lock(&request, unique, queue, slip);
+                return Ok(None);
+            }
+            _ => Err(io::ErrorKind::InvalidInput.into()),
+        },
+        (SETLK, Ok(request)) => server.lock(&request),
+        // Changed since it was looked at.
+        (_, Ok(_)) => Err(io::Error::from_raw_os_error(libc::ENOSYS)),
+    };
+    let error = done.map_or_else(|e| errno(&e), |()| 0);
+    if room < REPLY_HEADER.saturating_add(body.len()) {
+        return Err(BadRequest::NoRoom(room, opcode));
+    }
+    let header = reply_header(body.len(), error, unique);
+    let reply = [header.as_slice(), &body].concat();
+    writer.write_all(&reply).map_err(|_| BadRequest::NoRoom(room, opcode))?;
+    Ok(Some(reply.len()))
 }
 
 /// Takes a field off the front; 0 where there is none.
@@ -259,25 +476,63 @@ impl Backend for FsQueue {
         unshare(CloneFlags::CLONE_FS).map_err(|e| Error::System("unshare working directory", e.into()))
     }
 
-    fn queue(&mut self, index: u16, queues: Queues<'_, '_>, memory: &Memory) -> Result<Kicks, Error> {
+    fn sources(&self) -> Vec<Source> {
+        vec![self.later.wake.source(0)]
+    }
+
+    fn queue(&mut self, _index: u16, queues: Queues<'_, '_>, memory: &Memory) -> Result<Kicks, Error> {
+        self.run(queues, memory)
+    }
+
+    fn source(&mut self, _token: u16, queues: Queues<'_, '_>, memory: &Memory) -> Result<Kicks, Error> {
+        self.later.wake.clear();
+        self.run(queues, memory)
+    }
+
+    fn reset(&mut self) {
+        let mut done = self.later.done();
+        done.generation = done.generation.wrapping_add(1);
+        done.answers.clear();
+        drop(done);
+        self.server.locks().leave(self.number);
+    }
+}
+
+impl FsQueue {
+    /// Serves some of what is there, and comes back for the rest.
+    fn run(&mut self, queues: Queues<'_, '_>, memory: &Memory) -> Result<Kicks, Error> {
         let mut kicks = Kicks::NONE;
-        let Some(Some(queue)) = queues.get_mut(usize::from(index)) else { return Ok(kicks) };
-        let Self { server, mistakes, .. } = self;
-        loop {
-            let (used, more) = serve(queue, memory, BATCH, |chain| {
-                let written = handle(server.as_ref(), memory, chain).unwrap_or_else(|e| {
+        let Some(Some(queue)) = queues.first_mut() else { return Ok(kicks) };
+        let Self { number, server, later, mistakes, .. } = self;
+        let (mut used, more) =
+            serve(queue, memory, BATCH, |chain| match handle(server.as_ref(), memory, chain, *number, later) {
+                Ok(Some(written)) => Served::Used(u32::try_from(written).unwrap_or(0)),
+                Ok(None) => Served::Later,
+                Err(e) => {
+                    mistakes.note(&e);
+                    Served::Used(0)
+                }
+            })?;
+        let answers = std::mem::take(&mut later.done().answers);
+        for Reply { head, address, unique, error } in answers {
+            let header = reply_header(0, error, unique);
+            let len = match memory.write_slice(&header, address) {
+                Ok(()) => u32::try_from(REPLY_HEADER).unwrap_or(0),
+                Err(e) => {
                     mistakes.note(&e);
                     0
-                });
-                Served::Used(u32::try_from(written).unwrap_or(0))
-            })?;
-            if used {
-                kicks.insert(usize::from(index));
-            }
-            if !more {
-                return Ok(kicks);
-            }
+                }
+            };
+            queue.add_used(memory, head, len).map_err(Error::Ring)?;
+            used = true;
         }
+        if used {
+            kicks.insert(0);
+        }
+        if more {
+            later.wake.signal();
+        }
+        Ok(kicks)
     }
 }
 

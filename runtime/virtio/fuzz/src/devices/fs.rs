@@ -12,7 +12,7 @@ use nix::{
 };
 use vz_virtio::{
     Backend,
-    fs::{Config, Fs},
+    fs::{Config, Fs, Threads},
 };
 
 use crate::{
@@ -51,8 +51,9 @@ pub(crate) enum Data {
 }
 
 /// Opcodes, those more than once that others need, each with what its request consists of: `i` an inode, `h` a handle, `w` and `W` a number of 32 and 64 bits, `s` the
-/// size of the data, `m` a mode, `f` flags of open, `p` nothing, `n` a name, `d` data.
-const REQUESTS: [(u32, &str); 46] = [
+/// size of the data, `m` a mode, `f` flags of open, `p` nothing, `n` a name, `a` that of a list of access rights, `d` data, `o` an owner of locks, `l` a lock's type,
+/// `k` whether it is of flock(2), `u` the number of all requests.
+const REQUESTS: [(u32, &str); 54] = [
     (1, "n"),
     (1, "n"),
     (1, "n"),
@@ -99,8 +100,21 @@ const REQUESTS: [(u32, &str); 46] = [
     (46, "hWwp"),
     (47, "hWihWWW"),
     (INIT, "wwwwpppppppppppp"),
+    // Locks, those that wait, and what interrupts them.
+    (31, "hoWWlwkp"),
+    (32, "hoWWlwkp"),
+    (32, "hoWWlwkp"),
+    (33, "hoWWlwkp"),
+    (33, "hoWWlwkp"),
+    (INTERRUPT, "W"),
+    (INTERRUPT, "u"),
+    // Access control lists.
+    (21, "swwpad"),
 ];
 const INIT: u32 = 26;
+const INTERRUPT: u32 = 36;
+const UNIQUE: u64 = 77;
+const LISTS: [&[u8]; 2] = [b"system.posix_acl_access\0", b"system.posix_acl_default\0"];
 
 /// What creates and opens is asked for most.
 const FLAGS: [i32; 8] = [
@@ -151,6 +165,11 @@ impl<'a> Arbitrary<'a> for Request {
                 'm' => body.extend(MODES[usize::from(u8::arbitrary(u)? % 8)].to_le_bytes()),
                 'f' => body.extend(FLAGS[usize::from(u8::arbitrary(u)? % 8)].to_le_bytes()),
                 'p' => body.extend([0; 4]),
+                'o' => body.extend((small(u)? % 3).to_le_bytes()),
+                'l' => body.extend(u32::from(u8::arbitrary(u)? % 4).to_le_bytes()),
+                'k' => body.extend(u32::from(u8::arbitrary(u)? % 2).to_le_bytes()),
+                'u' => body.extend(UNIQUE.to_le_bytes()),
+                'a' => body.extend(LISTS[usize::from(u8::arbitrary(u)? % 2)]),
                 'n' => body.extend([Name::arbitrary(u)?.bytes(), vec![0]].concat()),
                 'd' => body.extend(&data),
                 other => unreachable!("no field {other}"),
@@ -172,7 +191,7 @@ impl Request {
         let len = self.len.unwrap_or_else(|| u32::try_from(40 + self.body.len()).unwrap());
         let mut bytes = len.to_le_bytes().to_vec();
         bytes.extend(self.opcode.to_le_bytes());
-        bytes.extend(77u64.to_le_bytes());
+        bytes.extend(UNIQUE.to_le_bytes());
         bytes.extend(self.inode.to_le_bytes());
         bytes.extend(self.owner.to_le_bytes());
         bytes.extend(self.owner.to_le_bytes());
@@ -240,7 +259,9 @@ impl Device for Guest {
             request_queues: 1,
             proc_self_fd: None,
             cache: Duration::from_secs(1),
-            fd_limit: 200,
+            // So few that some are given back.
+            fd_limit: 48,
+            lock_threads: Threads::new(|work| std::thread::Builder::new().spawn(work).map(drop)),
         };
         let mut queues = Fs::new(config).map_err(|e| e.to_string())?.split();
         for queue in &mut queues {
@@ -262,6 +283,10 @@ impl Device for Guest {
 
     fn ask(data: Data) -> Ask {
         let bytes = match data {
+            // On the queue of high priority, without a reply.
+            Data::Request(request) if request.opcode == INTERRUPT => {
+                return Ask { queue: 0, bytes: request.bytes(), room: Vec::new() };
+            }
             Data::Request(request) => request.bytes(),
             Data::Raw(bytes) => bytes.0,
         };
