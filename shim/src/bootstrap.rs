@@ -51,6 +51,10 @@ const MAX_INPUT: u64 = 10 << 20;
 const GROUPS: [&str; 2] = ["io.containerd.runc.v2.group", "io.kubernetes.cri.sandbox-id"];
 /// How long the daemon of a sandbox may take to have its VM on the way. Installing a bundle takes a second of it.
 const START_DEADLINE: Duration = Duration::from_secs(90);
+/// How long processes and cgroups of an earlier sandbox may take to end.
+const START_OVER_DEADLINE: Duration = Duration::from_secs(10);
+/// The same where containerd waits, which gives `delete` five seconds in all.
+const DELETE_DEADLINE: Duration = Duration::from_secs(4);
 /// Exit status of a task whose shim has died.
 const KILLED: u32 = 137;
 
@@ -227,7 +231,7 @@ fn start(flags: &Flags) -> Result<ExitCode, Error> {
             let (namespace, id) = (options.namespace.clone(), options.id.clone());
             return Err(Error::Living { namespace, id, pid });
         }
-        take_away(&dir)?;
+        take_away(&dir, START_OVER_DEADLINE)?;
     }
     if let Some(listener) = listen(socket_path(&socket), member)? {
         spawn(options, &socket, listener, &bundle)?;
@@ -342,9 +346,6 @@ fn spawn(options: &StartOptions, socket: &str, listener: UnixListener, bundle: &
         None => Some(String::new()),
     };
     if report.as_deref() == Some(daemon::READY) {
-        // The daemon is the one to be sacrificed when memory is short, before containerd. A host that forbids it loses
-        // nothing else.
-        drop(containerd_shim::cgroup::adjust_oom_score(child.id()));
         return Ok(());
     }
     let why = match report {
@@ -377,7 +378,7 @@ fn spawn(options: &StartOptions, socket: &str, listener: UnixListener, bundle: &
 
 /// Takes away what a daemon that was killed has left. What is in the way, where something is.
 fn left_behind(options: &StartOptions) -> Option<String> {
-    let error = take_away(&Journal::dir(&options.namespace, &options.id)).err()?;
+    let error = take_away(&Journal::dir(&options.namespace, &options.id), START_OVER_DEADLINE).err()?;
     Some(format!("; {}", chain(&error)))
 }
 
@@ -445,12 +446,12 @@ fn print(bytes: &[u8]) -> Result<(), Error> {
     stdout.write_all(bytes).and_then(|()| stdout.flush()).map_err(fail("write stdout"))
 }
 
-/// Takes away everything that the sandbox in `dir` owns, and runs the hooks that are due then.
-fn take_away(dir: &Path) -> Result<(), Error> {
+/// Takes away everything that the sandbox in `dir` owns, and runs the hooks that are due then. What is left is the error.
+fn take_away(dir: &Path, time: Duration) -> Result<(), Error> {
     let mut bundles = Vec::new();
-    Journal::unwind(dir, |id, bundle| bundles.push((id.to_owned(), bundle.to_owned())))?;
+    let unwound = Journal::unwind_within(time, dir, |id, bundle| bundles.push((id.to_owned(), bundle.to_owned())));
     if bundles.is_empty() {
-        return Ok(());
+        return Ok(unwound?);
     }
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(fail("start runtime for hooks"))?;
@@ -461,12 +462,17 @@ fn take_away(dir: &Path) -> Result<(), Error> {
         runtime.block_on(hooks::poststop(&id, &bundle, None, &launch));
     }
     runtime.shutdown_background();
-    Ok(())
+    Ok(unwound?)
 }
 
 /// Takes away whatever a dead shim has left.
+///
+/// What cannot be taken away is no failure: containerd would keep a task whose `delete` fails, and its id, for good. It logs
+/// what is said here, the journal has what is left, and the next `start` with this id tries again.
 fn delete(flags: &Flags) -> Result<ExitCode, Error> {
-    take_away(&Journal::dir(&flags.namespace, &flags.id))?;
+    if let Err(error) = take_away(&Journal::dir(&flags.namespace, &flags.id), DELETE_DEADLINE) {
+        drop(writeln!(io::stderr(), "{}", chain(&error)));
+    }
     let mut response = DeleteResponse::new();
     response.set_exit_status(KILLED);
     response.set_exited_at(SystemTime::now().into());

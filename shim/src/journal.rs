@@ -31,7 +31,7 @@ pub const STATE_ROOT: &str = "/run/vz";
 const FILE: &str = "journal";
 /// The role of the shim's own process.
 pub const SHIM: &str = "shim";
-/// How long a hook may go on after its shim; containerd gives `delete` five seconds.
+/// How long a hook may go on after its shim.
 const HOOK_DEADLINE: Duration = Duration::from_secs(3);
 /// How long one thing may take to be gone before the next one's turn.
 const EACH: Duration = Duration::from_secs(1);
@@ -242,8 +242,13 @@ impl Journal {
     /// `poststop` runs a container's hooks. The caller itself may be in the journal; it is passed over. No directory is
     /// no error. What cannot be taken away keeps nothing else: the error names all of it, and the journal keeps it for the
     /// next try.
-    pub fn unwind(dir: &Path, mut poststop: impl FnMut(&str, &Path)) -> Result<(), Error> {
-        let end = Instant::now() + DEADLINE;
+    pub fn unwind(dir: &Path, poststop: impl FnMut(&str, &Path)) -> Result<(), Error> {
+        Self::unwind_within(DEADLINE, dir, poststop)
+    }
+
+    /// The same, with another time for everything that is slow.
+    pub fn unwind_within(time: Duration, dir: &Path, mut poststop: impl FnMut(&str, &Path)) -> Result<(), Error> {
+        let end = Instant::now() + time;
         let mut failures = Vec::new();
         // A shim that lives would go on: make things that are not in the journal yet, and run the hooks of what fails.
         for resource in read(dir)? {
@@ -259,7 +264,7 @@ impl Journal {
         }
         let (mut gone, mut left) = (Vec::new(), Vec::new());
         for resource in read(dir)?.into_iter().rev() {
-            match take_away(&resource, Instant::now() + EACH, &mut poststop) {
+            match take_away(&resource, end.min(Instant::now() + EACH), &mut poststop) {
                 Ok(()) => gone.push(resource),
                 Err(_) => left.push(resource),
             }

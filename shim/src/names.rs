@@ -160,7 +160,7 @@ fn open(sources: Vec<Source>) -> io::Result<(Inotify, Vec<Arc<Kept>>)> {
         match Kept::open(source, &inotify) {
             Ok(Some(file)) => kept.push(Arc::new(file)),
             Ok(None) => {
-                tracing::info!(path = %path.display(), "file was replaced while it was bound; it is not followed")
+                tracing::info!(path = %path.display(), "file was replaced while it was bound; it is not followed");
             }
             // Nothing can be moved over it either.
             Err(e) if e.kind() == io::ErrorKind::ReadOnlyFilesystem => {}

@@ -2,6 +2,10 @@
 //!
 //! With page table isolation Linux gives its entry code, a few KiB, a large page of its own and fills that up with traps
 //! (`ALIGN_ENTRY_TEXT_END` in arch/x86/kernel/vmlinux.lds.S). Nothing ever touches them, so they stay in the file, which is mapped in their place.
+//!
+//! The mapping is private: what the guest writes there is its own, and reaches no file. Giving such a page back (MADV_DONTNEED) makes
+//! it the file's again and not zero, which no driver may rely on after it has given up a page (virtio 1.3, 5.5.6). Whoever saves guest
+//! memory must read these pages like all others.
 
 use std::{
     fs::File,

@@ -131,7 +131,7 @@ impl Host {
         if let Some(kvm) = self.recall() {
             return Verdict { kvm, source: Source::Memory };
         }
-        let _lock = self.lock();
+        let _lock = self.lock(FlockArg::LockExclusive);
         if let Some(kvm) = self.recall() {
             return Verdict { kvm, source: Source::Memory };
         }
@@ -142,7 +142,7 @@ impl Host {
     pub fn probe(&self) -> Verdict {
         match (self.open)() {
             Ok(kvm) => {
-                let _lock = self.lock();
+                let _lock = self.lock(FlockArg::LockExclusive);
                 self.probe_and_remember(&kvm)
             }
             Err(why) => Verdict { kvm: Err(why), source: Source::Device },
@@ -159,7 +159,8 @@ impl Host {
     /// KVM is KVM's doing. After that whoever is in the guest could bring such a failure about, and with this would slow
     /// down everybody else's containers on the host.
     pub fn failed_early(&self, message: &str, ran: Duration) -> Consequence {
-        let _lock = self.lock();
+        // Does not wait for whoever probes, whose finding is the newer one.
+        let _lock = self.lock(FlockArg::LockExclusiveNonblock);
         let now = ms_since_boot();
         match self.failure() {
             Some(first) if first.at_ms <= now.saturating_sub(ms(ran)) => {
@@ -194,9 +195,9 @@ impl Host {
     }
 
     /// Held by whoever probes. Without it, several may.
-    fn lock(&self) -> Option<Flock<File>> {
+    fn lock(&self, how: FlockArg) -> Option<Flock<File>> {
         self.make_dir().ok()?;
-        Flock::lock(File::open(&self.dir).ok()?, FlockArg::LockExclusive).ok()
+        Flock::lock(File::open(&self.dir).ok()?, how).ok()
     }
 
     fn make_dir(&self) -> io::Result<()> {
