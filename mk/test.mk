@@ -2,7 +2,7 @@
 
 SUITE_FILTER ?=
 
-.PHONY: fuzz hostile developer test-unit test-integration test-release test-reproducible test-runc test-kvm test-kvm-core
+.PHONY: fuzz hostile developer soak test-unit test-integration test-release test-reproducible test-runc test-kvm test-kvm-core
 
 test-unit: ## Unit tests of all crates
 	@$(CARGO) test --locked -q --workspace --exclude vz-suite
@@ -36,6 +36,10 @@ developer:
 	@$(MAKE) --no-print-directory check-kernel KERNEL_PROFILE=developer
 	@entry=$$($(for_guest) $(bundle_root)/kernel/build --config developer) && \
 		if [ -e "$$entry/vmlinux" ]; then $(MAKE) --no-print-directory bundle KERNEL_PROFILE=developer; fi
+
+soak: build bundle ## Use one container for long, and print what its shim takes (SOAK_OPTIONS='--execs 1000 --minutes 1'; see --help)
+	@integration/devbox up
+	@integration/soak $(SOAK_OPTIONS)
 
 fuzz: ## Fuzz everything that parses what a guest says (FUZZ_SECONDS=60 for each target, FUZZ_TARGETS='net blk' for some)
 	@mk/fuzz $(FUZZ_TARGETS)

@@ -127,8 +127,10 @@ pub struct Vm {
 pub struct Timeouts {
     /// From the VM's start to the agent's connection.
     pub boot_s: u64,
-    /// For a request to the agent.
+    /// For a request to the agent, its return after its connection was lost included.
     pub agent_s: u64,
+    /// For the guest to confirm a SIGKILL, and then the removal of the container.
+    pub kill_s: u64,
     /// For output after a process's end.
     pub drain_s: u64,
     /// For a hook whose spec sets no timeout.
@@ -199,7 +201,7 @@ impl Default for Vm {
 
 impl Default for Timeouts {
     fn default() -> Self {
-        Self { boot_s: 30, agent_s: 30, drain_s: 10, hook_s: 300, files_s: 20 }
+        Self { boot_s: 30, agent_s: 30, kill_s: 4, drain_s: 10, hook_s: 300, files_s: 20 }
     }
 }
 
@@ -376,6 +378,7 @@ impl Config {
         check("vm.overhead_mib", self.vm.overhead_mib, 64, 1 << 22, "from 64 to 4194304")?;
         check("timeouts.boot_s", self.timeouts.boot_s, 1, 3600, "from 1 to 3600")?;
         check("timeouts.agent_s", self.timeouts.agent_s, 1, 3600, "from 1 to 3600")?;
+        check("timeouts.kill_s", self.timeouts.kill_s, 1, 3600, "from 1 to 3600")?;
         check("timeouts.drain_s", self.timeouts.drain_s, 0, 3600, "at most 3600")?;
         check("timeouts.hook_s", self.timeouts.hook_s, 1, 86_400, "from 1 to 86400")?;
         check("timeouts.files_s", self.timeouts.files_s, 1, 3600, "from 1 to 3600")?;

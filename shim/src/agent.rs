@@ -8,33 +8,50 @@ use std::{
     future::Future,
     io::Read,
     sync::Arc,
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
-use tokio::{net::UnixStream, sync::watch};
+use containerd_shim_protos::protobuf::Message;
+use tokio::{
+    net::UnixStream,
+    sync::{Semaphore, watch},
+    time::timeout,
+};
 use ttrpc::{
     Code,
     asynchronous::{Client, transport::Socket},
     context::{self, Context},
+    proto::MESSAGE_LENGTH_MAX,
 };
 use vz_proto::{AgentClient, Empty, Event, Hello, LogRecord, Welcome, frame};
 
-use crate::{error::Error, limit::Limit};
+use crate::{answers::Answers, error::Error, limit::Budget};
 
 /// How long the handshake may take once the guest has connected.
 const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(10);
 /// How long a new connection may wait for the end of the one that it replaces.
 const REPLACE_DEADLINE: Duration = Duration::from_secs(2);
-/// Log records of the guest that are passed on in ten seconds; what is more is counted.
-pub const LOG_RATE: u32 = 1000;
+/// Requests under way or waiting for the agent, of one sandbox.
+const MOST_REQUESTS: usize = 128;
+/// Largest request: ttrpc's limit without what it puts around one (service, method, deadline; some 100 bytes).
+const LARGEST_REQUEST: u64 = (MESSAGE_LENGTH_MAX - 1024) as u64;
+/// How long the news of the VM's end may take after its connections have broken.
+const NEWS: Duration = Duration::from_secs(1);
+/// What a line of the log has around the guest's own words.
+const LINE_OVERHEAD: u64 = 200;
+/// Longest id that a guest's word is quoted with, in bytes; containerd's own limit is 76.
+pub const ID: usize = 128;
 /// Longest log message, in bytes.
 const LOG_LINE: usize = 4096;
 
 /// Whether the agent can be asked.
 #[derive(Debug, Clone)]
 enum State {
+    /// It has not connected yet.
     Booting,
     Up(Connected),
+    /// Its connection broke, and it may come back.
+    Lost,
     Down(Arc<str>),
 }
 
@@ -52,6 +69,7 @@ impl std::fmt::Debug for Connected {
 pub struct Agent {
     state: watch::Sender<State>,
     deadline: Duration,
+    places: Semaphore,
     log_level: &'static str,
 }
 
@@ -85,12 +103,13 @@ pub enum HandshakeError {
 impl Agent {
     /// A link that waits for the guest. Requests take at most `deadline`.
     pub fn new(deadline: Duration, log_level: &'static str) -> Self {
-        Self { state: watch::Sender::new(State::Booting), deadline, log_level }
+        let (state, places) = (watch::Sender::new(State::Booting), Semaphore::new(MOST_REQUESTS));
+        Self { state, deadline, places, log_level }
     }
 
     /// Says hello on a new control connection, and takes it for all requests from now on.
     pub async fn connect(&self, mut stream: UnixStream, wanted: &str, hostname: &str) -> Result<(), HandshakeError> {
-        let hello = tokio::time::timeout(HANDSHAKE_DEADLINE, async {
+        let hello = timeout(HANDSHAKE_DEADLINE, async {
             let hello: Hello = frame::read(&mut stream).await?.ok_or(HandshakeError::Closed)?;
             if hello.agent_version != wanted {
                 return Err(HandshakeError::Version { found: hello.agent_version, wanted: wanted.to_owned() });
@@ -116,7 +135,7 @@ impl Agent {
             incarnation = hello.incarnation,
             "guest agent is connected"
         );
-        let client = AgentClient::new(Client::new(Socket::new(stream)));
+        let client = AgentClient::new(Client::new(Socket::new(Answers::new(stream))));
         self.state.send_if_modified(|state| match state {
             State::Down(_) => false,
             state => {
@@ -144,61 +163,115 @@ impl Agent {
     /// started again may be faster than the news of the end of its predecessor's connection, which is waited for.
     pub async fn is_free(&self) -> bool {
         let mut state = self.state.subscribe();
-        let free = state.wait_for(|state| matches!(state, State::Booting));
-        matches!(tokio::time::timeout(REPLACE_DEADLINE, free).await, Ok(Ok(_)))
+        let free = state.wait_for(|state| matches!(state, State::Booting | State::Lost));
+        matches!(timeout(REPLACE_DEADLINE, free).await, Ok(Ok(_)))
     }
 
     /// The connection was lost: requests wait for the agent's next one.
     pub fn lost(&self) {
         self.state.send_if_modified(|state| match state {
             State::Up(_) => {
-                *state = State::Booting;
+                *state = State::Lost;
                 true
             }
             _ => false,
         });
     }
 
-    /// The client, once the guest has booted; that it does in time is the vmm's to see to.
-    pub async fn client(&self) -> Result<AgentClient, Error> {
-        let mut state = self.state.subscribe();
-        let known = state.wait_for(|state| !matches!(state, State::Booting)).await.map(|state| state.clone());
-        match known {
-            Ok(State::Up(Connected(client))) => Ok(client),
-            Ok(State::Down(why)) => Err(Error::Sandbox(why)),
-            Ok(State::Booting) | Err(_) => Err(Error::Sandbox("the sandbox has ended".into())),
+    /// Waits for the guest's first connection. The vmm has a deadline for the boot; this one is for a vmm that says
+    /// nothing.
+    pub async fn booted(&self, deadline: Duration) -> Result<(), Error> {
+        match timeout(deadline, self.client()).await {
+            Ok(client) => client.map(drop),
+            Err(_) => Err(Error::AgentAway { what: "boot", after: deadline }),
         }
     }
 
-    /// One request, with its deadline, its failure in the agent's own words.
-    pub async fn ask<T, F>(&self, what: &'static str, ask: impl FnOnce(AgentClient, Context) -> F) -> Result<T, Error>
+    /// The client, once there is a connection.
+    async fn client(&self) -> Result<AgentClient, Error> {
+        let mut state = self.state.subscribe();
+        let known = state.wait_for(|state| matches!(state, State::Up(_) | State::Down(_))).await;
+        match known.map(|state| state.clone()) {
+            Ok(State::Up(Connected(client))) => Ok(client),
+            Ok(State::Down(why)) => Err(Error::Sandbox(why)),
+            Ok(State::Booting | State::Lost) | Err(_) => Err(Error::Sandbox("the sandbox has ended".into())),
+        }
+    }
+
+    /// One request, with the usual deadline; see [`Agent::ask_within`].
+    pub async fn ask<T, R: Message, F>(
+        &self,
+        what: &'static str,
+        request: R,
+        ask: impl FnOnce(AgentClient, Context, R) -> F,
+    ) -> Result<T, Error>
     where
         F: Future<Output = ttrpc::Result<T>>,
     {
-        let client = self.client().await?;
-        let deadline = i64::try_from(self.deadline.as_nanos()).unwrap_or(i64::MAX);
-        let asked = ask(client, context::with_timeout(deadline));
-        // A VM that ends must not leave a request waiting for its deadline.
-        tokio::select! {
-            answer = asked => match answer {
+        self.ask_within(self.deadline, what, request, ask).await
+    }
+
+    /// One request. The deadline is for all of it: the agent's return, the way there, and the answer.
+    ///
+    /// A time-out says whether the agent was connected; a refusal has the agent's code and words. [`Error::Sandbox`]
+    /// means that the VM has ended, and nothing else does.
+    pub async fn ask_within<T, R: Message, F>(
+        &self,
+        deadline: Duration,
+        what: &'static str,
+        request: R,
+        ask: impl FnOnce(AgentClient, Context, R) -> F,
+    ) -> Result<T, Error>
+    where
+        F: Future<Output = ttrpc::Result<T>>,
+    {
+        let bytes = request.compute_size();
+        if bytes > LARGEST_REQUEST {
+            return Err(Error::TooLarge { what, bytes, most: LARGEST_REQUEST });
+        }
+        let Ok(_place) = self.places.try_acquire() else {
+            return Err(Error::AgentBusy { what, most: MOST_REQUESTS });
+        };
+        let begun = Instant::now();
+        let asked = async {
+            let client = self.client().await?;
+            // The agent gives up then too, and lets the exits go that it has held back for the answer.
+            let left = deadline.saturating_sub(begun.elapsed());
+            let context = context::with_timeout(i64::try_from(left.as_nanos()).unwrap_or(i64::MAX));
+            match ask(client, context, request).await {
                 Ok(answer) => Ok(answer),
+                // ttrpc reports its own time-out as one of many errors without a code.
+                Err(_) if begun.elapsed() >= deadline => Err(self.late(what, deadline)),
                 Err(ttrpc::Error::RpcStatus(status)) if status.code() == Code::DEADLINE_EXCEEDED => {
-                    Err(Error::AgentTimeout(what))
+                    Err(self.late(what, deadline))
                 }
                 Err(ttrpc::Error::RpcStatus(status)) => {
                     Err(Error::Agent { code: status.code(), message: bounded(status.message()).into() })
                 }
                 Err(error) => Err(self.broken(what, &error).await),
-            },
+            }
+        };
+        // A VM that ends must not leave a request waiting for its deadline.
+        tokio::select! {
+            answer = timeout(deadline, asked) => answer.unwrap_or_else(|_| Err(self.late(what, deadline))),
             () = self.ended() => Err(self.why()),
+        }
+    }
+
+    /// What a request is told whose time is up.
+    fn late(&self, what: &'static str, after: Duration) -> Error {
+        match &*self.state.borrow() {
+            State::Up(_) => Error::AgentTimeout { what, after },
+            State::Booting | State::Lost => Error::AgentAway { what, after },
+            State::Down(why) => Error::Sandbox(why.clone()),
         }
     }
 
     /// What a broken connection means: the VM's end, whose cause follows at once, or the agent's restart.
     async fn broken(&self, what: &'static str, error: &ttrpc::Error) -> Error {
-        match tokio::time::timeout(Duration::from_secs(1), self.ended()).await {
+        match timeout(NEWS, self.ended()).await {
             Ok(()) => self.why(),
-            Err(_) => Error::Sandbox(format!("the guest agent was lost during {what}: {error}").into()),
+            Err(_) => Error::AgentLost { what, why: error.to_string() },
         }
     }
 
@@ -228,16 +301,21 @@ impl Agent {
     }
 }
 
-/// Passes the guest's log on until its connection ends; `limit` is the sandbox's, however many connections it makes.
-pub async fn forward_log(mut stream: UnixStream, limit: &Limit) -> Result<(), frame::Error> {
+/// Passes the guest's log on until its connection ends. `budget` is the sandbox's, however many connections it makes;
+/// while there is none the connection is not read, and `throttled` is called.
+pub async fn forward_log(mut stream: UnixStream, budget: &Budget, throttled: impl Fn()) -> Result<(), frame::Error> {
     loop {
         let Some(record) = frame::read::<LogRecord>(&mut stream).await? else { return Ok(()) };
-        match limit.admit() {
-            None => continue,
-            Some(0) => {}
-            Some(left_out) => tracing::warn!(left_out, "guest logs too fast"),
+        let (container, message) = (cut(&record.container_id, ID), bounded(&record.message));
+        let characters = message.escape_debug().count().saturating_add(container.escape_debug().count());
+        let bytes = u64::try_from(characters).unwrap_or(u64::MAX).saturating_add(LINE_OVERHEAD);
+        let mut waited = false;
+        while let Err(wait) = budget.take(bytes, Instant::now()) {
+            if !std::mem::replace(&mut waited, true) {
+                throttled();
+            }
+            tokio::time::sleep(wait).await;
         }
-        let (container, message) = (bounded(&record.container_id), bounded(&record.message));
         match record.level.as_str() {
             "error" => tracing::error!(target: "guest", container, "{message}"),
             "warn" => tracing::warn!(target: "guest", container, "{message}"),
@@ -249,9 +327,10 @@ pub async fn forward_log(mut stream: UnixStream, limit: &Limit) -> Result<(), fr
 
 /// A guest's text, cut to what a log line may have.
 pub fn bounded(text: &str) -> &str {
-    let mut end = text.len().min(LOG_LINE);
-    while !text.is_char_boundary(end) {
-        end -= 1;
-    }
-    &text[..end]
+    cut(text, LOG_LINE)
+}
+
+/// A guest's text, cut to so many bytes.
+pub fn cut(text: &str, most: usize) -> &str {
+    &text[..text.floor_char_boundary(most)]
 }

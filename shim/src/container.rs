@@ -1,7 +1,8 @@
 //! Containers and their processes: what state they are in, and in which order that becomes known.
 //!
 //! Order, as containerd's clients rely on it: a process's start is published before its exit, its exit after its output
-//! has been passed on (or a deadline), the init's exit after those of all other processes of the container.
+//! has been passed on (or a deadline), the init's exit after those of all other processes of the container. Once the
+//! init has ended, no other process is added or starts: see [`Container::close`].
 
 use std::{
     collections::HashMap,
@@ -12,7 +13,7 @@ use std::{
 
 use containerd_shim_protos::protobuf::well_known_types::timestamp::Timestamp;
 use oci_spec::runtime::{Hooks, Process as ProcessSpec};
-use tokio::sync::watch;
+use tokio::{sync::watch, time::Instant};
 
 use crate::{
     anchor::Anchor,
@@ -20,8 +21,13 @@ use crate::{
     hooks::Context,
     io::{Copies, Stdio},
     journal::Resource,
+    limit::Limit,
     names::Names,
+    said::Said,
 };
+
+/// Events of a container's lack of memory in ten seconds. Who listens sets a flag.
+const OUT_OF_MEMORY: u32 = 1;
 
 /// How a process ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -77,7 +83,11 @@ pub struct Process {
     pub spec: Option<ProcessSpec>,
     /// Held from before a start is asked for until it has been published, and while an exit is published.
     pub transition: tokio::sync::Mutex<()>,
+    /// What the guest has said of it.
+    pub said: Said,
     state: watch::Sender<State>,
+    /// Until when its output is waited for, once it is known that nobody will wait for long.
+    hurry: watch::Sender<Option<Instant>>,
     streams: Mutex<Streams>,
 }
 
@@ -97,7 +107,9 @@ impl Process {
             stdio,
             spec,
             transition: tokio::sync::Mutex::default(),
+            said: Said::default(),
             state: watch::Sender::new(State::Created),
+            hurry: watch::Sender::new(None),
             streams: Mutex::default(),
         }
     }
@@ -107,15 +119,15 @@ impl Process {
         *self.state.borrow()
     }
 
-    /// It runs; one that has ended already stays ended.
-    pub fn set_running(&self) {
+    /// It runs. False where it has ended already.
+    pub fn set_running(&self) -> bool {
         self.state.send_if_modified(|state| match state {
             State::Created => {
                 *state = State::Running;
                 true
             }
             _ => false,
-        });
+        })
     }
 
     /// It has ended. False where that was known already.
@@ -161,13 +173,35 @@ impl Process {
         }
     }
 
-    /// Waits until its output has been passed on, at most for `deadline`.
+    /// Waits until its output has been passed on: at most for `deadline`, and not after [`Process::hurry`].
     pub async fn drain(&self, deadline: Duration) -> bool {
-        let copies = lock(&self.streams).copies.clone();
-        match copies {
-            Some(copies) => copies.drain(deadline).await,
-            None => true,
+        let Some(copies) = lock(&self.streams).copies.clone() else { return true };
+        tokio::select! {
+            drained = copies.drain(deadline) => drained,
+            () = self.hurried() => {
+                copies.give_up();
+                false
+            }
         }
+    }
+
+    /// Its output is not waited for any longer than until then.
+    pub fn hurry(&self, by: Instant) {
+        self.hurry.send_if_modified(|known| match known {
+            Some(known) if *known <= by => false,
+            _ => {
+                *known = Some(by);
+                true
+            }
+        });
+    }
+
+    /// Waits for the time that was given to [`Process::hurry`].
+    pub async fn hurried(&self) {
+        let mut hurry = self.hurry.subscribe();
+        // The sender is in self.
+        let by = hurry.wait_for(Option::is_some).await.ok().and_then(|by| *by);
+        tokio::time::sleep_until(by.unwrap_or_else(Instant::now)).await;
     }
 
     /// Closes its streams.
@@ -197,10 +231,22 @@ pub struct Container {
     /// The anchor's pid: the pid of every reply.
     pub pid: u32,
     anchor: Mutex<Option<Anchor>>,
+    /// Held while it is taken away, which happens once.
+    pub deletion: tokio::sync::Mutex<()>,
+    /// Limits the events of its lack of memory.
+    pub out_of_memory: Limit,
     _names: Option<Names>,
-    execs: Mutex<HashMap<String, Arc<Process>>>,
+    execs: Mutex<Execs>,
     /// Ids of deleted exec processes that the guest has still to forget; each receiver is told when it has.
     forgetting: Mutex<HashMap<String, watch::Receiver<()>>>,
+}
+
+/// A container's exec processes.
+#[derive(Debug, Default)]
+struct Execs {
+    known: HashMap<String, Arc<Process>>,
+    /// Whether the init has ended: no other process starts.
+    closed: bool,
 }
 
 impl Container {
@@ -222,6 +268,8 @@ impl Container {
             pid: anchor.pid().unsigned_abs(),
             context,
             anchor: Mutex::new(Some(anchor)),
+            deletion: tokio::sync::Mutex::default(),
+            out_of_memory: Limit::new(OUT_OF_MEMORY),
             _names: names,
             execs: Mutex::default(),
             forgetting: Mutex::default(),
@@ -254,34 +302,67 @@ impl Container {
         if exec_id.is_empty() {
             return Ok(self.init.clone());
         }
-        self.execs().get(exec_id).cloned().ok_or_else(|| Error::NotFound { what: "exec", id: exec_id.into() })
+        let known = self.execs().known.get(exec_id).cloned();
+        known.ok_or_else(|| Error::NotFound { what: "exec", id: exec_id.into() })
     }
 
-    /// Adds an exec process.
-    pub fn add_exec(&self, process: Process) -> Result<(), Error> {
+    /// Adds an exec process, and publishes that by `publish` before anything else of it can be.
+    pub fn add_exec(&self, process: Process, publish: impl FnOnce()) -> Result<(), Error> {
         use std::collections::hash_map::Entry;
-        match self.execs().entry(process.exec_id.clone()) {
+        let mut execs = self.execs();
+        if execs.closed {
+            return Err(self.stopped());
+        }
+        match execs.known.entry(process.exec_id.clone()) {
             Entry::Occupied(taken) => Err(Error::AlreadyExists { what: "exec", id: taken.key().clone() }),
             Entry::Vacant(free) => {
                 free.insert(Arc::new(process));
+                publish();
                 Ok(())
             }
         }
     }
 
-    /// Forgets an exec process.
-    pub fn remove_exec(&self, exec_id: &str) {
-        self.execs().remove(exec_id);
+    /// An exec process runs, which `publish` publishes; unless the init has ended meanwhile.
+    pub fn run_exec(&self, process: &Process, publish: impl FnOnce()) -> Result<(), Error> {
+        let execs = self.execs();
+        if execs.closed || !process.set_running() {
+            return Err(self.stopped());
+        }
+        publish();
+        Ok(())
     }
 
-    /// Its exec processes that run.
-    pub fn running_execs(&self) -> Vec<Arc<Process>> {
-        self.execs().values().filter(|process| process.state() == State::Running).cloned().collect()
+    /// The init has ended: no exec process is added or starts from now on. Those that run.
+    pub fn close(&self) -> Vec<Arc<Process>> {
+        let mut execs = self.execs();
+        execs.closed = true;
+        execs.known.values().filter(|process| process.state() == State::Running).cloned().collect()
+    }
+
+    fn stopped(&self) -> Error {
+        Error::State { what: "container", id: self.id.clone(), state: "stopped", wanted: "must be running" }
+    }
+
+    /// Forgets an exec process. False where another one has its id by now.
+    pub fn remove_exec(&self, process: &Arc<Process>) -> bool {
+        let mut execs = self.execs();
+        let ours = execs.known.get(&process.exec_id).is_some_and(|known| Arc::ptr_eq(known, process));
+        if ours {
+            execs.known.remove(&process.exec_id);
+        }
+        ours
+    }
+
+    /// Whether this exec process has not been removed.
+    pub fn has(&self, process: &Arc<Process>) -> bool {
+        process.exec_id.is_empty()
+            || self.execs().known.get(&process.exec_id).is_some_and(|known| Arc::ptr_eq(known, process))
     }
 
     /// All its processes, the init last.
     pub fn processes(&self) -> Vec<Arc<Process>> {
-        let mut all: Vec<_> = self.execs().values().cloned().collect();
+        let mut all: Vec<_> = self.execs().known.values().cloned().collect();
         all.push(self.init.clone());
         all
     }
@@ -291,7 +372,7 @@ impl Container {
         drop(lock(&self.anchor).take());
     }
 
-    fn execs(&self) -> MutexGuard<'_, HashMap<String, Arc<Process>>> {
+    fn execs(&self) -> MutexGuard<'_, Execs> {
         lock(&self.execs)
     }
 }

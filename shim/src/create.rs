@@ -4,18 +4,22 @@ use std::{
     os::fd::{AsFd, OwnedFd},
     path::Path,
     sync::Arc,
+    time::{Duration, Instant},
 };
 
 use containerd_shim_protos::api::CreateTaskRequest;
-use nix::unistd::Pid;
+use nix::{sys::signal::Signal, unistd::Pid};
 use oci_spec::runtime::ContainerState;
 use tokio::net::UnixStream;
 use ttrpc::Code;
-use vz_proto::{ContainerRequest, CreateContainerRequest, ExecProcessRequest, STREAM_PORT, Stdio as AgentStdio, frame};
+use vz_proto::{
+    AgentClient, ContainerRequest, CreateContainerRequest, ExecProcessRequest, STREAM_PORT, SignalProcessRequest,
+    Stdio as AgentStdio, frame,
+};
 
 use crate::{
     anchor::Anchor,
-    container::{Container, Exit, Process, State},
+    container::{Container, Exit, Process},
     copyup,
     disks::{self, Disk},
     error::{Error, chain},
@@ -41,8 +45,8 @@ pub async fn create(sandbox: &Arc<Sandbox>, request: &CreateTaskRequest) -> Resu
         Ok((container, guest_spec)) => {
             let container = Arc::new(container);
             sandbox.insert(container.clone());
-            // Nothing of its init is published before it has been created; who waits for the end of a creation that fails
-            // finds nothing of it.
+            // Nothing of its init is published before it has been created; who waits for the end of a creation that
+            // fails finds nothing of it.
             let _transition = container.init.transition.lock().await;
             let made = guest_side(sandbox, &container, guest_spec).await;
             if made.is_err() {
@@ -62,7 +66,7 @@ async fn undo(sandbox: &Arc<Sandbox>, id: &str) {
         Ok(container) => {
             // Whoever waits for it already is told that nothing will come.
             container.init.set_stopped(Exit::now(255));
-            if let Err(error) = delete(sandbox, &container).await {
+            if let Err(error) = delete(sandbox, &container, || {}).await {
                 tracing::error!(container = id, error = chain(&error), "undo create");
             }
         }
@@ -190,20 +194,30 @@ async fn host_side(sandbox: &Arc<Sandbox>, request: &CreateTaskRequest) -> Resul
 /// Everything in the guest: streams and the container itself.
 async fn guest_side(sandbox: &Arc<Sandbox>, container: &Container, spec: Vec<u8>) -> Result<(), Error> {
     let id = &container.id;
-    let host = io::open(&container.init.stdio, id, &sandbox.identity.namespace, sandbox.surroundings())?;
-    let news = sandbox.network.news(&sandbox.journal).await?;
-    let network = news.description()?;
-    // Waits until the guest has booted.
-    sandbox.agent.client().await?;
-    let (stdio, guest) = connect_streams(sandbox, &container.init.stdio).await?;
-    let stdio = Some(stdio).into();
+    let stdio = &container.init.stdio;
+    let host = io::open(stdio, id, &sandbox.identity.namespace, sandbox.surroundings()).await?;
+    let connected = async {
+        let news = sandbox.network.news(&sandbox.journal).await?;
+        let network = news.description()?;
+        sandbox.agent.booted(sandbox.boot_deadline()).await?;
+        let (tokens, guest) = connect_streams(sandbox, stdio).await?;
+        Ok::<_, Error>((news, network, tokens, guest))
+    };
+    let (news, network, tokens, guest) = match connected.await {
+        Ok(connected) => connected,
+        Err(error) => {
+            host.close().await;
+            return Err(error);
+        }
+    };
     let disks = sandbox.disks_of(id).iter().map(Disk::to_agent).collect();
+    let stdio = Some(tokens).into();
     let request =
         CreateContainerRequest { container_id: id.clone(), spec, stdio, network, disks, ..Default::default() };
     container.init.set_copies(host.connect(guest, container.init.stdio.terminal));
-    let asked =
-        sandbox.agent.ask("create", |agent, context| async move { agent.create_container(context, &request).await });
-    asked.await?;
+    container.init.said.ask();
+    let call = async |agent: AgentClient, context, request| agent.create_container(context, &request).await;
+    sandbox.agent.ask("create", request, call).await?;
     news.done();
     sandbox.network.watch(sandbox)?;
     Ok(())
@@ -216,9 +230,8 @@ pub async fn start_init(sandbox: &Arc<Sandbox>, container: &Container) -> Result
         cgroup.limit_cpu()?;
     }
     let request = ContainerRequest { container_id: container.id.clone(), ..Default::default() };
-    let asked =
-        sandbox.agent.ask("start", |agent, context| async move { agent.start_container(context, &request).await });
-    asked.await.map(drop)
+    let call = async |agent: AgentClient, context, request| agent.start_container(context, &request).await;
+    sandbox.agent.ask("start", request, call).await.map(drop)
 }
 
 /// Runs a started container's poststart hooks; a failure is logged, as the runtime spec says.
@@ -231,32 +244,78 @@ pub async fn poststart(sandbox: &Sandbox, container: &Container) {
     }
 }
 
-/// Starts an exec process. After a failure nothing of it is left in the guest, and its streams are closed.
-pub async fn start_exec(sandbox: &Arc<Sandbox>, container: &Container, process: &Process) -> Result<(), Error> {
-    let started = async {
-        let host = io::open(&process.stdio, &container.id, &sandbox.identity.namespace, sandbox.surroundings())?;
-        let (stdio, guest) = connect_streams(sandbox, &process.stdio).await?;
-        let mut spec = process.spec.clone().ok_or_else(|| Error::Invalid("exec has no process".into()))?;
-        spec.set_terminal(Some(process.stdio.terminal));
-        let spec = serde_json::to_vec(&spec::exec_process(spec))
-            .map_err(|e| Error::Message { what: "write the guest's process", source: Box::new(e) })?;
-        let request = ExecProcessRequest {
-            container_id: container.id.clone(),
-            exec_id: process.exec_id.clone(),
-            process: spec,
-            stdio: Some(stdio).into(),
-            ..Default::default()
-        };
-        process.set_copies(host.connect(guest, process.stdio.terminal));
-        let asked =
-            sandbox.agent.ask("exec", |agent, context| async move { agent.exec_process(context, &request).await });
-        asked.await.map(drop)
+/// Starts an exec process. After a failure nothing of it is left in the guest, or will be soon, and its streams are
+/// closed.
+pub async fn start_exec(sandbox: &Arc<Sandbox>, container: &Arc<Container>, process: &Process) -> Result<(), Error> {
+    let mut spec = process.spec.clone().ok_or_else(|| Error::Invalid("exec has no process".into()))?;
+    spec.set_terminal(Some(process.stdio.terminal));
+    let spec = serde_json::to_vec(&spec::exec_process(spec))
+        .map_err(|e| Error::Message { what: "write the guest's process", source: Box::new(e) })?;
+    let host = io::open(&process.stdio, &container.id, &sandbox.identity.namespace, sandbox.surroundings()).await?;
+    let (stdio, guest) = match connect_streams(sandbox, &process.stdio).await {
+        Ok(connected) => connected,
+        Err(error) => {
+            host.close().await;
+            return Err(error);
+        }
     };
-    let result = started.await;
-    if result.is_err() {
+    let request = ExecProcessRequest {
+        container_id: container.id.clone(),
+        exec_id: process.exec_id.clone(),
+        process: spec,
+        stdio: Some(stdio).into(),
+        ..Default::default()
+    };
+    process.set_copies(host.connect(guest, process.stdio.terminal));
+    process.said.ask();
+    let call = async |agent: AgentClient, context, request| agent.exec_process(context, &request).await;
+    let started = sandbox.agent.ask("exec", request, call).await;
+    if let Err(error) = &started {
+        process.said.withdraw();
+        if matches!(error, Error::AgentTimeout { .. } | Error::AgentAway { .. } | Error::AgentLost { .. }) {
+            let (sandbox, of, id) = (sandbox.clone(), container.clone(), process.exec_id.clone());
+            container.forget_exec(&process.exec_id, async move { purge(&sandbox, &of, &id).await });
+        }
         process.close().await;
     }
-    result
+    started.map(drop)
+}
+
+/// Removes an exec process that the guest may have begun, and did not say so. What the guest does not do ends with the
+/// container.
+async fn purge(sandbox: &Sandbox, container: &Container, exec_id: &str) {
+    let (begun, deadline) = (Instant::now(), Duration::from_secs(sandbox.config.timeouts.agent_s));
+    let ended = loop {
+        let kill = SignalProcessRequest {
+            container_id: container.id.clone(),
+            exec_id: exec_id.to_owned(),
+            signal: Signal::SIGKILL as u32,
+            ..Default::default()
+        };
+        let call = async |agent: AgentClient, context, request| agent.signal_process(context, &request).await;
+        match sandbox.agent.ask_within(sandbox.kill_deadline(), "kill", kill, call).await {
+            // It has ended, or does not run yet.
+            Ok(_) | Err(Error::Agent { code: Code::NOT_FOUND, .. }) => {}
+            Err(error) => break Err(error),
+        }
+        let call = async |agent: AgentClient, context, request| agent.wait_process(context, &request).await;
+        let wait = process_request(&container.id, exec_id);
+        match sandbox.agent.ask_within(sandbox.kill_deadline(), "wait", wait, call).await {
+            // It was not there yet when it was killed.
+            Err(Error::AgentTimeout { .. }) if begun.elapsed() < deadline => {}
+            other => break other.map(drop),
+        }
+    };
+    match ended {
+        Ok(()) => forget(sandbox, container, exec_id).await,
+        Err(Error::Sandbox(_) | Error::Agent { code: Code::NOT_FOUND, .. }) => {}
+        Err(error) => tracing::warn!(
+            container = container.id,
+            exec = exec_id,
+            error = chain(&error),
+            "the guest may have started a process whose start has failed"
+        ),
+    }
 }
 
 /// Connects a stream to the guest for each that is wanted, under a token of its own; all at once, as each takes a way to the
@@ -282,7 +341,9 @@ async fn connect_stream(sandbox: &Sandbox) -> Result<(String, UnixStream), Error
     let failed =
         |source: Box<dyn std::error::Error + Send + Sync>| Error::Message { what: "open stdio stream", source };
     let token = token().map_err(|e| failed(e.into()))?;
-    let mut stream = sandbox.vmm.dial(STREAM_PORT).await?;
+    let deadline = Duration::from_secs(sandbox.config.timeouts.agent_s);
+    let mut stream = sandbox.vmm.dial(STREAM_PORT, deadline).await?;
+    // Fits into the socket's buffer, whether the guest reads or not.
     frame::write_token(&mut stream, &token).await.map_err(|e| failed(e.into()))?;
     Ok((token, stream))
 }
@@ -295,33 +356,51 @@ fn token() -> std::io::Result<String> {
     Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
-/// Forgets an ended process in the guest, where there is a guest still.
+/// Forgets an ended process in the guest, where there is a guest still. For a container the guest has as long as for a
+/// SIGKILL, since its client waits; one that has disks writes them back then, and may take as long as for any request.
 pub async fn forget(sandbox: &Sandbox, container: &Container, exec_id: &str) {
+    let is_waited_for = exec_id.is_empty() && sandbox.disks_of(&container.id).is_empty();
+    let usual = Duration::from_secs(sandbox.config.timeouts.agent_s);
+    let deadline = if is_waited_for { sandbox.kill_deadline() } else { usual };
+    let call = async |agent: AgentClient, context, request| agent.delete_process(context, &request).await;
     let request = process_request(&container.id, exec_id);
-    let asked =
-        sandbox.agent.ask("delete", |agent, context| async move { agent.delete_process(context, &request).await });
-    match asked.await {
+    match sandbox.agent.ask_within(deadline, "delete", request, call).await {
         Ok(_) | Err(Error::Sandbox(_) | Error::Agent { code: Code::NOT_FOUND, .. }) => {}
         Err(error) => tracing::warn!(container = container.id, exec = exec_id, error = chain(&error), "forget process"),
     }
 }
 
 /// Takes away a container, ended or never started: in the guest, then on the host. With the last one ends the VM.
-pub async fn delete(sandbox: &Arc<Sandbox>, container: &Arc<Container>) -> Result<(), Error> {
+///
+/// This happens once: whoever asks meanwhile waits, and is told that the container is not found. A step that fails does
+/// not keep the others from being taken; the first failure is returned, and the journal has what is left.
+pub async fn delete(sandbox: &Arc<Sandbox>, container: &Arc<Container>, publish: impl FnOnce()) -> Result<(), Error> {
+    let _deletion = container.deletion.lock().await;
+    if !sandbox.has(container) {
+        return Err(Error::NotFound { what: "container", id: container.id.clone() });
+    }
     forget(sandbox, container, "").await;
-    for process in container.processes() {
-        if process.state() != State::Running || process.exec_id.is_empty() {
-            process.close().await;
-        }
+    let closing: Vec<_> =
+        container.processes().into_iter().map(|process| tokio::spawn(async move { process.close().await })).collect();
+    for closed in closing {
+        drop(closed.await);
     }
     container.end_anchor();
-    if sandbox.remove(&container.id) {
+    let mut results = Vec::new();
+    if sandbox.leave(container) {
         sandbox.end_vm().await;
-        sandbox.network.undo(&sandbox.journal)?;
+        results.push(sandbox.network.undo(&sandbox.journal).map_err(Error::from));
     }
-    remove_files(sandbox, &container.id).await?;
+    results.push(remove_files(sandbox, &container.id).await);
     finish_hooks(sandbox, container).await;
-    Ok(())
+    sandbox.remove(&container.id);
+    publish();
+    let mut failures = results.into_iter().filter_map(Result::err);
+    let first = failures.next();
+    for error in failures {
+        tracing::error!(container = container.id, error = chain(&error), "delete");
+    }
+    first.map_or(Ok(()), Err)
 }
 
 async fn finish_hooks(sandbox: &Sandbox, container: &Container) {

@@ -1,6 +1,6 @@
 //! What a request can fail with, and the one place where it becomes a ttrpc status.
 
-use std::{error::Error as StdError, sync::Arc};
+use std::{error::Error as StdError, sync::Arc, time::Duration};
 
 use ttrpc::{Code, get_status};
 pub use vz_sys::error::chain;
@@ -49,8 +49,63 @@ pub enum Error {
     #[error("{0}")]
     Sandbox(Arc<str>),
     /// The agent did not answer in time.
-    #[error("the guest agent did not answer {0} in time")]
-    AgentTimeout(&'static str),
+    #[error("{what}: the guest agent did not answer within {} s", .after.as_secs())]
+    AgentTimeout {
+        /// The request.
+        what: &'static str,
+        /// How long it was waited for.
+        after: Duration,
+    },
+    /// The agent is not connected, and the VM runs.
+    #[error("{what}: the guest agent is not connected after {} s", .after.as_secs())]
+    AgentAway {
+        /// The request.
+        what: &'static str,
+        /// How long it was waited for.
+        after: Duration,
+    },
+    /// The connection broke while the request was under way, and the VM runs.
+    #[error("the guest agent was lost during {what}: {why}")]
+    AgentLost {
+        /// The request.
+        what: &'static str,
+        /// What ttrpc said.
+        why: String,
+    },
+    /// Too many requests wait for the agent.
+    #[error("{what}: {most} requests wait for the guest agent already")]
+    AgentBusy {
+        /// The request.
+        what: &'static str,
+        /// How many may.
+        most: usize,
+    },
+    /// A request is larger than a message to the agent can be.
+    #[error("{what}: the request has {bytes} bytes, at most {most} can be sent to the guest")]
+    TooLarge {
+        /// The request.
+        what: &'static str,
+        /// Its size.
+        bytes: u64,
+        /// The largest that is possible.
+        most: u64,
+    },
+    /// The guest says that a process has ended, and has not reported its end.
+    #[error("the guest says that the process has ended, and did not report its end within {} s", .after.as_secs())]
+    Unreported {
+        /// How long it was waited for.
+        after: Duration,
+    },
+    /// A process was killed, and its end is not known.
+    #[error("{what} {id}: its end was not confirmed within {} s after SIGKILL", .after.as_secs())]
+    Unconfirmed {
+        /// `container`, `exec`.
+        what: &'static str,
+        /// Its id.
+        id: String,
+        /// How long it was waited for.
+        after: Duration,
+    },
     /// A file system of the host's does not answer.
     #[error("{what}: the file system did not answer for {seconds} s")]
     Stuck {
@@ -109,6 +164,9 @@ pub enum Error {
     /// The cgroup.
     #[error(transparent)]
     Cgroup(#[from] crate::cgroup::Error),
+    /// The guest's metrics.
+    #[error(transparent)]
+    Metrics(#[from] crate::metrics::Error),
     /// The vmm process.
     #[error(transparent)]
     Vmm(#[from] crate::vmm::Error),
@@ -135,8 +193,12 @@ impl Error {
             | Self::Disk(crate::disks::Error::Missing { .. } | crate::disks::Error::Late { .. })
             | Self::Cgroup(crate::cgroup::Error::Path(_)) => Code::INVALID_ARGUMENT,
             Self::Unimplemented(_) => Code::UNIMPLEMENTED,
-            Self::Sandbox(_) => Code::UNAVAILABLE,
-            Self::AgentTimeout(_) | Self::Stuck { .. } => Code::DEADLINE_EXCEEDED,
+            Self::Sandbox(_) | Self::AgentAway { .. } | Self::AgentLost { .. } => Code::UNAVAILABLE,
+            Self::AgentTimeout { .. } | Self::Unconfirmed { .. } | Self::Unreported { .. } | Self::Stuck { .. } => {
+                Code::DEADLINE_EXCEEDED
+            }
+            Self::AgentBusy { .. } => Code::RESOURCE_EXHAUSTED,
+            Self::TooLarge { .. } => Code::INVALID_ARGUMENT,
             Self::Agent { code, .. } => *code,
             _ => Code::UNKNOWN,
         }
@@ -164,6 +226,10 @@ mod tests {
         assert_eq!(state.to_string(), "container x is running, must be stopped");
         assert_eq!(code(state), Code::FAILED_PRECONDITION);
         assert_eq!(code(Error::Unimplemented("checkpoint")), Code::UNIMPLEMENTED);
+        let (what, after) = ("kill", Duration::from_secs(4));
+        assert_eq!(code(Error::AgentTimeout { what, after }), Code::DEADLINE_EXCEEDED);
+        assert_eq!(code(Error::AgentAway { what, after }), Code::UNAVAILABLE);
+        assert_eq!(code(Error::AgentLost { what, why: "reset".into() }), Code::UNAVAILABLE);
     }
 
     #[test]

@@ -1,10 +1,15 @@
-//! Events to containerd: one strict queue, in order, kept over a restart of the daemon. A sandbox of the command line `vz` has
-//! no containerd, and nobody to tell.
+//! Events to containerd: one strict queue, in order, kept over a restart of the daemon. A sandbox of the command line
+//! `vz` has no containerd, and nobody to tell.
 
-use std::time::Duration;
+use std::{
+    collections::HashSet,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use containerd_shim::util::{convert_to_any, timestamp};
 use containerd_shim_protos::{
+    events::task::TaskOOM,
     protobuf::MessageDyn,
     shim::{event::Envelope, events::ForwardRequest},
     shim_async::{Client, EventsClient},
@@ -23,31 +28,60 @@ const FORWARD_DEADLINE: Duration = Duration::from_secs(10);
 #[derive(Debug, Clone)]
 pub struct Publisher {
     /// None where there is nobody to tell.
-    queue: Option<mpsc::UnboundedSender<Envelope>>,
+    queue: Option<mpsc::UnboundedSender<Queued>>,
     namespace: String,
+    lacking: Lacking,
 }
+
+/// Containers whose lack of memory is in the queue.
+type Lacking = Arc<Mutex<HashSet<String>>>;
+
+/// An event in the queue, and the container whose lack of memory it tells of.
+#[derive(Debug)]
+struct Queued(Envelope, Option<String>);
 
 /// The other end; see [`Queue::run`].
 #[derive(Debug)]
 pub struct Queue {
-    events: mpsc::UnboundedReceiver<Envelope>,
+    events: mpsc::UnboundedReceiver<Queued>,
     address: String,
+    lacking: Lacking,
 }
 
 /// A publisher of events of `namespace` to the daemon that serves ttrpc at `address`; to nobody where that is empty.
 ///
-/// The queue grows with the tasks' own events only, which clients ask for: a guest cannot fill it, since it can end
-/// each process once.
+/// The queue is bounded by what clients have asked for, not by a number: for each process the events of its making and
+/// its deletion, which requests cause, and one exit ([`crate::said`] takes no second one); for each container one event
+/// of its lack of memory, since further ones are dropped while one is in the queue ([`Publisher::out_of_memory`]).
 pub fn publisher(namespace: &str, address: &str) -> (Publisher, Queue) {
     let (queue, events) = mpsc::unbounded_channel();
     let namespace = namespace.to_owned();
     let queue = Some(queue).filter(|_| !address.is_empty());
-    (Publisher { queue, namespace }, Queue { events, address: address.to_owned() })
+    let lacking = Lacking::default();
+    let publisher = Publisher { queue, namespace, lacking: lacking.clone() };
+    (publisher, Queue { events, address: address.to_owned(), lacking })
 }
 
 impl Publisher {
     /// Puts an event at the end of the queue.
     pub fn publish(&self, topic: &str, event: Box<dyn MessageDyn>) {
+        self.put(topic, event, None);
+    }
+
+    /// A container lacks memory. False where that is in the queue already.
+    pub fn out_of_memory(&self, container: &str) -> bool {
+        let mut lacking = self.lacking.lock().unwrap_or_else(PoisonError::into_inner);
+        if !lacking.insert(container.to_owned()) {
+            return false;
+        }
+        drop(lacking);
+        let mut event = TaskOOM::new();
+        event.set_container_id(container.to_owned());
+        self.put("/tasks/oom", Box::new(event), Some(container.to_owned()));
+        true
+    }
+
+    fn put(&self, topic: &str, event: Box<dyn MessageDyn>, lacking: Option<String>) {
         let Some(queue) = &self.queue else { return };
         let envelope = timestamp().and_then(|at| {
             let mut envelope = Envelope::new();
@@ -59,7 +93,7 @@ impl Publisher {
         });
         match envelope {
             // A closed queue means that the shim is about to exit.
-            Ok(envelope) => drop(queue.send(envelope)),
+            Ok(envelope) => drop(queue.send(Queued(envelope, lacking))),
             Err(error) => tracing::error!(%error, topic, "encode event"),
         }
     }
@@ -69,7 +103,7 @@ impl Queue {
     /// Forwards events until every [`Publisher`] is gone and the queue is empty.
     pub async fn run(mut self) {
         let mut client = None;
-        while let Some(envelope) = self.events.recv().await {
+        while let Some(Queued(envelope, lacking)) = self.events.recv().await {
             let topic = envelope.topic.clone();
             let mut request = ForwardRequest::new();
             request.set_envelope(envelope);
@@ -90,6 +124,9 @@ impl Queue {
                     }
                 }
             }
+            if let Some(container) = lacking {
+                self.lacking.lock().unwrap_or_else(PoisonError::into_inner).remove(&container);
+            }
         }
     }
 
@@ -105,4 +142,19 @@ impl Queue {
 
 fn address(address: &str) -> String {
     if address.contains("://") { address.to_owned() } else { format!("unix://{address}") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lack_of_memory_is_in_the_queue_once() {
+        let (publisher, mut queue) = publisher("ns", "/nowhere");
+        assert!(publisher.out_of_memory("a"));
+        assert!((0..10_000).all(|_| !publisher.out_of_memory("a")));
+        assert!(publisher.out_of_memory("b"));
+        let queued: Vec<_> = std::iter::from_fn(|| queue.events.try_recv().ok()).collect();
+        assert_eq!(queued.iter().map(|Queued(_, of)| of.as_deref()).collect::<Vec<_>>(), [Some("a"), Some("b")]);
+    }
 }

@@ -1,9 +1,9 @@
 //! A process's standard streams between containerd's side (fifo, file, logger) and the guest's vsock streams.
 //!
 //! containerd's forms (runtime v2 README, "IO"): a bare path or `fifo://` is a fifo that a client has open,
-//! `file://` is appended to, `binary://` is a program that gets both outputs. One form is our own: `pipe://` is a pipe whose
-//! other end is somebody's already, as the command line `vz` inherits it (`/proc/PID/fd/N`). Opened anew, it can be waited
-//! for without its owner noticing; and when the other end goes, so does ours, and the process is told.
+//! `file://` is appended to, `binary://` is a program that gets both outputs. One form is our own: `pipe://` is a pipe
+//! whose other end is somebody's already, as the command line `vz` inherits it (`/proc/PID/fd/N`). Opened anew, it can
+//! be waited for without its owner noticing; and when the other end goes, so does ours, and the process is told.
 
 use std::{
     collections::HashMap,
@@ -11,7 +11,10 @@ use std::{
     io,
     os::fd::{AsFd, OwnedFd},
     path::PathBuf,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -19,14 +22,14 @@ use nix::{fcntl::OFlag, unistd::pipe2};
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
     net::{UnixStream, unix::pipe},
-    task::JoinHandle,
+    task::{AbortHandle, JoinHandle},
 };
 use vz_sys::surroundings::Surroundings;
 
 use crate::logger::{self, Logger};
 
-/// How often a fifo is looked at for output that a client has not read yet.
-const UNREAD_PAUSE: Duration = Duration::from_millis(2);
+/// First and longest pause before a fifo is looked at again for output that its client has not read yet.
+const UNREAD_PAUSES: (Duration, Duration) = (Duration::from_millis(2), Duration::from_secs(1));
 /// Bytes per copy.
 const BUFFER: usize = 64 * 1024;
 
@@ -106,10 +109,13 @@ pub struct Guest {
 /// Running copies of a process's streams.
 #[derive(Debug, Default)]
 pub struct Copies {
-    input: Mutex<Option<JoinHandle<()>>>,
     outputs: tokio::sync::Mutex<Vec<JoinHandle<()>>>,
+    /// Of all copies: they can be ended while somebody waits for them.
+    aborts: Vec<AbortHandle>,
     hold: Mutex<Option<pipe::Sender>>,
     logger: Mutex<Option<Arc<Logger>>>,
+    /// Whether the output was waited for in vain.
+    late: AtomicBool,
 }
 
 impl Stdio {
@@ -125,13 +131,18 @@ impl Stdio {
 }
 
 /// Opens containerd's side. `id` and `namespace` are told to a logging program, which starts in `surroundings`.
-pub fn open(stdio: &Stdio, id: &str, namespace: &str, surroundings: Option<&Surroundings>) -> Result<Host, Error> {
+pub async fn open(
+    stdio: &Stdio,
+    id: &str,
+    namespace: &str,
+    surroundings: Option<&Surroundings>,
+) -> Result<Host, Error> {
     let stdin = if stdio.stdin.is_empty() { None } else { Some(open_stdin(&stdio.stdin)?) };
     let mut host = Host { stdin, stdout: None, stderr: None, logger: None };
     let (scheme, path) = split(&stdio.stdout);
     if scheme == "binary" {
         let want_stderr = !stdio.stderr.is_empty() && !stdio.terminal;
-        let (logger, stdout, stderr) = Logger::start(&stdio.stdout, path, id, namespace, surroundings)?;
+        let (logger, stdout, stderr) = Logger::start(&stdio.stdout, path, id, namespace, surroundings).await?;
         let sink =
             |fd: OwnedFd, stream| pipe::Sender::from_owned_fd(fd).map(Sink::Fifo).map_err(open_error(stream, path));
         host.stdout = Some(sink(stdout, "stdout")?);
@@ -200,8 +211,8 @@ fn split(uri: &str) -> (&str, &str) {
 impl Host {
     /// Starts copying.
     pub fn connect(self, guest: Guest, terminal: bool) -> Copies {
-        let mut outputs = Vec::new();
-        let (mut input, mut hold) = (None, None);
+        let (mut outputs, mut aborts) = (Vec::new(), Vec::new());
+        let mut hold = None;
         let (from_guest, mut to_guest) = match guest.stdout {
             None => (None, None),
             Some(stream) if terminal => {
@@ -220,14 +231,24 @@ impl Host {
             outputs.push(tokio::spawn(copy_out("stderr", stream.into_split().0, sink)));
         }
         if let (Some(stdin), Some(to)) = (self.stdin, to_guest) {
-            input = Some(tokio::spawn(copy_in(stdin.from, to, terminal)));
+            aborts.push(tokio::spawn(copy_in(stdin.from, to, terminal)).abort_handle());
             hold = stdin.hold;
         }
+        aborts.extend(outputs.iter().map(JoinHandle::abort_handle));
         Copies {
-            input: Mutex::new(input),
             outputs: tokio::sync::Mutex::new(outputs),
+            aborts,
             hold: Mutex::new(hold),
             logger: Mutex::new(self.logger.map(Arc::new)),
+            late: AtomicBool::new(false),
+        }
+    }
+
+    /// Closes everything again: there will be nothing to copy.
+    pub async fn close(self) {
+        let Self { logger, .. } = self;
+        if let Some(logger) = logger {
+            logger.end(false).await;
         }
     }
 }
@@ -257,21 +278,25 @@ impl Copies {
                 tracing::warn!(%error, "wait for logging program");
             }
         };
-        tokio::time::timeout(deadline, all).await.is_ok()
+        let drained = tokio::time::timeout(deadline, all).await.is_ok();
+        if !drained {
+            self.give_up();
+        }
+        drained
+    }
+
+    /// Nobody waits for the output any more; copying goes on.
+    pub fn give_up(&self) {
+        self.late.store(true, Ordering::Relaxed);
     }
 
     /// Ends everything: streams are closed, a logging program is told and waited for.
     pub async fn close(&self) {
         self.close_stdin();
-        if let Some(input) = lock(&self.input).take() {
-            input.abort();
-        }
-        for copy in self.outputs.lock().await.drain(..) {
-            copy.abort();
-        }
+        self.aborts.iter().for_each(AbortHandle::abort);
         let logger = lock(&self.logger).take();
         if let Some(logger) = logger {
-            logger.end().await;
+            logger.end(self.late.load(Ordering::Relaxed)).await;
         }
     }
 }
@@ -285,9 +310,13 @@ async fn copy_out(stream: &'static str, mut from: impl AsyncRead + Unpin, sink: 
         Sink::Fifo(mut to) => {
             let copied = copy(&mut from, &mut to).await;
             // A fifo forgets what it holds with its last descriptor, and a client may not have opened its end yet:
-            // ours stays until everything has been read. No event tells of that.
+            // ours stays until everything has been read, or until the process is deleted. No event tells that a fifo is
+            // empty: POLLOUT comes with the first free page, and inotify misses readers that splice. The pauses grow
+            // with the time that the client takes, so that it learns of the end at most as late again.
+            let (mut pause, longest) = UNREAD_PAUSES;
             while copied.is_ok() && vz_sys::channel::unread(to.as_fd()).is_ok_and(|unread| unread > 0) {
-                tokio::time::sleep(UNREAD_PAUSE).await;
+                tokio::time::sleep(pause).await;
+                pause = (pause * 2).min(longest);
             }
             copied
         }
@@ -401,7 +430,7 @@ mod tests {
         let path = dir.path().join("out");
         mkfifo(&path, Mode::S_IRWXU).unwrap();
         let uri = path.to_str().unwrap().to_owned();
-        let host = open(&Stdio { stdout: uri, ..Default::default() }, "c1", "ns", None).unwrap();
+        let host = open(&Stdio { stdout: uri, ..Default::default() }, "c1", "ns", None).await.unwrap();
         let mut reader = pipe::OpenOptions::new().open_receiver(&path).unwrap();
         let (ours, mut guest) = UnixStream::pair().unwrap();
         let copies = host.connect(Guest { stdout: Some(ours), ..Default::default() }, false);
@@ -426,7 +455,7 @@ mod tests {
         let (input, mut typed) = io::pipe().unwrap();
         let uri = |fd: &dyn std::os::fd::AsRawFd| format!("pipe:///proc/{}/fd/{}", std::process::id(), fd.as_raw_fd());
         let stdio = Stdio { stdin: uri(&input), stdout: uri(&write), ..Default::default() };
-        let host = open(&stdio, "c1", "ns", None).unwrap();
+        let host = open(&stdio, "c1", "ns", None).await.unwrap();
         drop((input, write));
         let (ours, mut process_in) = UnixStream::pair().unwrap();
         let (theirs, mut process_out) = UnixStream::pair().unwrap();
@@ -450,7 +479,7 @@ mod tests {
         let path = dir.path().join("in");
         mkfifo(&path, Mode::S_IRWXU).unwrap();
         let uri = path.to_str().unwrap().to_owned();
-        let host = open(&Stdio { stdin: uri, ..Default::default() }, "c1", "ns", None).unwrap();
+        let host = open(&Stdio { stdin: uri, ..Default::default() }, "c1", "ns", None).await.unwrap();
         let (ours, mut guest) = UnixStream::pair().unwrap();
         let copies = host.connect(Guest { stdin: Some(ours), ..Default::default() }, false);
         let mut client = pipe::OpenOptions::new().open_sender(&path).unwrap();
@@ -462,9 +491,9 @@ mod tests {
         assert_eq!(got, "hello");
     }
 
-    #[test]
-    fn an_unknown_scheme_is_named() {
+    #[tokio::test]
+    async fn an_unknown_scheme_is_named() {
         let stdio = Stdio { stdout: "ttrpc+unix:///x".into(), ..Default::default() };
-        assert!(open(&stdio, "c1", "ns", None).unwrap_err().to_string().contains("ttrpc+unix"));
+        assert!(open(&stdio, "c1", "ns", None).await.unwrap_err().to_string().contains("ttrpc+unix"));
     }
 }

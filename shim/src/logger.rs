@@ -8,12 +8,12 @@ use std::{
     time::Duration,
 };
 
-use nix::{
-    poll::{PollFd, PollFlags, PollTimeout, poll},
-    sched::CloneFlags,
-    sys::signal::Signal,
+use nix::{sched::CloneFlags, sys::signal::Signal};
+use tokio::{
+    io::{AsyncReadExt, unix::AsyncFd},
+    net::unix::pipe,
+    time::timeout,
 };
-use tokio::io::unix::AsyncFd;
 use vz_sys::{
     process::{Command, Process, Steps},
     surroundings::Surroundings,
@@ -21,10 +21,13 @@ use vz_sys::{
 
 use crate::io::{logger_pipe, null, query};
 
-/// How long it may take to be ready, in milliseconds.
-const READY: u16 = 10_000;
-/// How long it may take to end after its input has ended, and after SIGTERM.
-const END: Duration = Duration::from_secs(12);
+/// How long it may take to be ready.
+const READY: Duration = Duration::from_secs(10);
+/// How long it may take to end after its input has ended, and after SIGTERM. It had `timeouts.drain_s` before for what
+/// it was given.
+const END: Duration = Duration::from_secs(3);
+/// How long a killed one may take to be gone.
+const GONE: Duration = Duration::from_secs(1);
 
 /// Why there is no logging program.
 #[derive(Debug, thiserror::Error)]
@@ -38,7 +41,7 @@ pub enum Error {
         source: io::Error,
     },
     /// It did not say that it is ready.
-    #[error("logging program {0} is not ready after 10 s")]
+    #[error("logging program {0} did not say that it is ready within {secs} s", secs = READY.as_secs())]
     Ready(PathBuf),
 }
 
@@ -50,9 +53,9 @@ pub struct Logger {
 }
 
 impl Logger {
-    /// Starts the program of `uri`, and waits until it is ready. Returns it with the ends to write stdout and stderr to.
-    /// It runs in `surroundings`, so that it keeps no mount of the sandbox busy.
-    pub fn start(
+    /// Starts the program of `uri`, and waits until it is ready. Returns it with the ends to write stdout and stderr
+    /// to. It runs in `surroundings`, so that it keeps no mount of the sandbox busy.
+    pub async fn start(
         uri: &str,
         path: &str,
         id: &str,
@@ -93,15 +96,18 @@ impl Logger {
         .spawn_with(Steps { surroundings, ..Steps::default() })
         .map_err(fail)?;
         drop((out_read, err_read, ready_write));
+        let logger = Self { process: crate::fd::watch(process).map_err(fail)?, path: path.into() };
         // A byte, or the end of file of a program that closes what it does not know.
-        let waited = poll(&mut [PollFd::new(ready.as_fd(), PollFlags::POLLIN)], PollTimeout::from(READY))
-            .map_err(|e| fail(e.into()))?;
-        if waited == 0 {
-            process.kill(Signal::SIGKILL).and_then(|()| process.wait()).map_err(fail)?;
-            return Err(Error::Ready(path.into()));
+        let said = async { pipe::Receiver::from_owned_fd(ready)?.read(&mut [0]).await };
+        match timeout(READY, said).await {
+            Ok(said) => drop(said.map_err(fail)?),
+            Err(_) => {
+                drop((out, err));
+                logger.kill().await.map_err(fail)?;
+                return Err(Error::Ready(path.into()));
+            }
         }
-        let process = crate::fd::watch(process).map_err(fail)?;
-        Ok((Self { process, path: path.into() }, out, err))
+        Ok((logger, out, err))
     }
 
     /// Waits until it has ended by itself, which it does once it has read all of its input.
@@ -110,21 +116,89 @@ impl Logger {
         Ok(())
     }
 
-    /// Waits for its end; its input must be closed already. One that does not end is told to, then killed.
-    pub async fn end(&self) {
+    /// Waits for its end; its input must be closed already. One that does not end is told to, then killed; one that is
+    /// `late` was waited for already.
+    pub async fn end(&self, late: bool) {
         let ended = async {
-            for signal in [Signal::SIGTERM, Signal::SIGKILL] {
-                if tokio::time::timeout(END, self.ended()).await.is_ok() {
-                    break;
+            if late || timeout(END, self.ended()).await.is_err() {
+                tracing::warn!(path = %self.path.display(), "logging program does not end by itself");
+                self.process.get_ref().kill(Signal::SIGTERM)?;
+                if timeout(END, self.ended()).await.is_err() {
+                    tracing::warn!(path = %self.path.display(), "logging program is killed");
+                    return self.kill().await;
                 }
-                tracing::warn!(path = %self.path.display(), %signal, "logging program does not end");
-                self.process.get_ref().kill(signal)?;
             }
-            self.ended().await?;
-            self.process.get_ref().wait()
+            self.process.get_ref().try_wait().map(drop)
         };
         if let Err(error) = ended.await {
             tracing::warn!(%error, path = %self.path.display(), "end logging program");
         }
+    }
+
+    /// Kills and reaps it. One that the kernel holds longer than a moment is left to the shim's end.
+    async fn kill(&self) -> io::Result<()> {
+        self.process.get_ref().kill(Signal::SIGKILL)?;
+        timeout(GONE, self.ended()).await.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
+        self.process.get_ref().try_wait().map(drop)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{os::unix::fs::PermissionsExt, time::Instant};
+
+    use super::*;
+
+    /// A logging program in a shell's words; the directory is to live as long.
+    fn program(script: &str) -> (tempfile::TempDir, String) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("logger");
+        std::fs::write(&path, format!("#!/bin/sh\n{script}\n")).unwrap();
+        std::fs::set_permissions(&path, PermissionsExt::from_mode(0o755)).unwrap();
+        let path = path.to_str().unwrap().to_owned();
+        (dir, path)
+    }
+
+    #[tokio::test]
+    async fn one_that_is_never_ready_is_ended_and_others_are_served_meanwhile() {
+        let (_dir, path) = program("exec sleep 1000");
+        let begun = Instant::now();
+        let starting = Logger::start("binary:///x", &path, "c1", "ns", None);
+        let ticking = async {
+            let mut ticks = 0;
+            loop {
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                ticks += 1;
+                if ticks == 20 {
+                    return;
+                }
+            }
+        };
+        let (started, ()) = tokio::join!(starting, async {
+            ticking.await;
+            assert!(begun.elapsed() < READY, "the runtime's thread was blocked");
+        });
+        assert!(matches!(started, Err(Error::Ready(_))));
+    }
+
+    #[tokio::test]
+    async fn one_that_does_not_end_is_told_and_then_killed() {
+        let (_dir, path) = program("trap '' TERM; exec 5>&-; while :; do sleep 0.1; done");
+        let (logger, out, err) = Logger::start("binary:///x", &path, "c1", "ns", None).await.unwrap();
+        drop((out, err));
+        let begun = Instant::now();
+        logger.end(true).await;
+        assert!((END..END + GONE).contains(&begun.elapsed()), "{:?}", begun.elapsed());
+        timeout(GONE, logger.ended()).await.unwrap().unwrap();
+    }
+
+    #[tokio::test]
+    async fn one_that_ends_with_its_input_is_not_disturbed() {
+        let (_dir, path) = program("exec 5>&-; cat <&3 >/dev/null; exit 0");
+        let (logger, out, err) = Logger::start("binary:///x", &path, "c1", "ns", None).await.unwrap();
+        drop((out, err));
+        let begun = Instant::now();
+        logger.end(false).await;
+        assert!(begun.elapsed() < END, "{:?}", begun.elapsed());
     }
 }

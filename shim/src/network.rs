@@ -22,7 +22,7 @@ use tokio::{
 };
 use vz_machine::control::Nic;
 use vz_net::{netns::Netns, watch::Watch, wire, wire::Wiring};
-use vz_proto::UpdateNetworkRequest;
+use vz_proto::{AgentClient, UpdateNetworkRequest};
 
 use crate::{
     error::{Error as RequestError, chain},
@@ -271,10 +271,8 @@ async fn tell(sandbox: &Sandbox, news: News<'_>) -> Result<(), RequestError> {
     let network = news.description()?;
     if !network.is_empty() {
         let request = UpdateNetworkRequest { network, ..Default::default() };
-        let asked = sandbox
-            .agent
-            .ask("update network", |agent, context| async move { agent.update_network(context, &request).await });
-        asked.await?;
+        let call = async |agent: AgentClient, context, request| agent.update_network(context, &request).await;
+        sandbox.agent.ask("update network", request, call).await?;
     }
     news.done();
     Ok(())

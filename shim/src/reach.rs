@@ -15,6 +15,7 @@ use std::{
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::Semaphore,
+    time::timeout,
 };
 use vz_net::netns::Netns;
 use vz_proto::{FORWARD_PORT, Forward, ForwardReply, frame};
@@ -27,6 +28,8 @@ use crate::{
 
 /// Connections at the same time; more wait.
 const MOST: usize = 256;
+/// How long the guest may take to say whether somebody listens; a client would not wait for longer than that either.
+const ANSWER: Duration = Duration::from_secs(10);
 /// How long a listener that has run out of something waits.
 const PAUSE: Duration = Duration::from_millis(100);
 
@@ -76,15 +79,21 @@ async fn forward(mut client: TcpStream, sandbox: Arc<Sandbox>) -> Result<(), Req
     // What a client gets where nobody listens: a reset instead of an end of file.
     client.set_zero_linger().map_err(|e| failed(e.into()))?;
     let dialled: SocketAddr = client.local_addr().map_err(|e| failed(e.into()))?;
-    let mut guest = sandbox.vmm.dial(FORWARD_PORT).await?;
+    let mut guest = sandbox.vmm.dial(FORWARD_PORT, ANSWER).await?;
     drop(sandbox);
     let address = match dialled.ip().to_canonical() {
         std::net::IpAddr::V4(ip) => ip.octets().to_vec(),
         std::net::IpAddr::V6(ip) => ip.octets().to_vec(),
     };
     let request = Forward { address, port: dialled.port().into(), ..Default::default() };
-    frame::write(&mut guest, &request).await.map_err(|e| failed(e.into()))?;
-    let reply: Option<ForwardReply> = frame::read(&mut guest).await.map_err(|e| failed(e.into()))?;
+    let asked = async {
+        frame::write(&mut guest, &request).await?;
+        frame::read(&mut guest).await
+    };
+    let reply: Option<ForwardReply> = timeout(ANSWER, asked)
+        .await
+        .map_err(|elapsed| failed(elapsed.into()))?
+        .map_err(|e: frame::Error| failed(e.into()))?;
     match reply.map(|reply| reply.errno) {
         Some(0) => {}
         errno => {

@@ -6,12 +6,12 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::{Duration, Instant},
 };
 
-use containerd_shim_protos::events::task::{TaskExit, TaskOOM};
+use containerd_shim_protos::events::task::TaskExit;
 use oci_spec::runtime::Spec;
 use tokio::sync::{Notify, Semaphore, mpsc};
 use vz_config::Config;
@@ -32,9 +32,10 @@ use crate::{
     events::Publisher,
     hooks,
     journal::Journal,
-    limit::Limit,
+    limit::{Budget, Limit},
     network::Network,
     oom::Score,
+    said::Verdict,
     share::Share,
     spec,
     vmm::{self, Notice, Place, Started, Vmm},
@@ -42,12 +43,16 @@ use crate::{
 
 /// Exit status of processes whose VM has ended, as if they had been killed.
 const KILLED: u32 = 137;
-/// How long a container's exec processes may take to be reaped after its init.
+/// How long the guest may take to report the ends of a container's exec processes after its init's.
 const REAP_DEADLINE: Duration = Duration::from_secs(2);
+/// What the vmm may take on top of the boot deadline until it has launched the machine, or says why not.
+const LAUNCH_MARGIN: Duration = Duration::from_secs(15);
 /// Lines in ten seconds about what a guest should not do.
 const COMPLAINTS: u32 = 20;
 /// Log connections of the guest at the same time.
 const LOG_CONNECTIONS: usize = 2;
+/// Control connections of the guest at the same time: the one that is used, and those that wait for its end.
+const CONTROL_CONNECTIONS: usize = 4;
 
 /// What is made before there is a runtime: the single-threaded part of a sandbox's start.
 #[derive(Debug)]
@@ -110,9 +115,31 @@ pub struct Sandbox {
     on_kvm: AtomicBool,
     /// For lines about what the guest should not do.
     complaints: Limit,
+    /// Ends of processes that the guest has reported again.
+    repeated: AtomicU64,
     /// For what the guest wants to have logged.
-    records: Limit,
-    containers: Mutex<HashMap<String, Option<Arc<Container>>>>,
+    records: Budget,
+    containers: Mutex<HashMap<String, Slot>>,
+}
+
+/// A container's id in its sandbox.
+#[derive(Debug)]
+enum Slot {
+    /// It is being made on the host.
+    Reserved,
+    /// It is there.
+    Living(Arc<Container>),
+    /// It is being taken away.
+    Leaving(Arc<Container>),
+}
+
+impl Slot {
+    fn container(&self) -> Option<&Arc<Container>> {
+        match self {
+            Self::Reserved => None,
+            Self::Living(container) | Self::Leaving(container) => Some(container),
+        }
+    }
 }
 
 /// Reads a bundle's spec.
@@ -245,7 +272,8 @@ impl Prepared {
             ending: AtomicBool::new(false),
             on_kvm: AtomicBool::new(false),
             complaints: Limit::new(COMPLAINTS),
-            records: Limit::new(agent::LOG_RATE),
+            repeated: AtomicU64::new(0),
+            records: Budget::of_a_guest(),
             containers: Mutex::default(),
         });
         let (notices, receiver) = vmm::notices();
@@ -267,9 +295,20 @@ impl Sandbox {
         Duration::from_secs(self.config.timeouts.files_s)
     }
 
+    /// How long the guest may take to confirm an end.
+    pub fn kill_deadline(&self) -> Duration {
+        Duration::from_secs(self.config.timeouts.kill_s)
+    }
+
+    /// How long the guest may take to connect for the first time.
+    pub fn boot_deadline(&self) -> Duration {
+        Duration::from_secs(self.config.timeouts.boot_s).saturating_add(LAUNCH_MARGIN)
+    }
+
     /// A container.
     pub fn container(&self, id: &str) -> Result<Arc<Container>, Error> {
-        self.containers().get(id).cloned().flatten().ok_or_else(|| Error::NotFound { what: "container", id: id.into() })
+        let found = self.containers().get(id).and_then(Slot::container).cloned();
+        found.ok_or_else(|| Error::NotFound { what: "container", id: id.into() })
     }
 
     /// The surroundings that the shim has left, for what runs on the host on its owner's behalf.
@@ -288,24 +327,37 @@ impl Sandbox {
         if containers.contains_key(id) {
             return Err(Error::AlreadyExists { what: "container", id: id.into() });
         }
-        containers.insert(id.to_owned(), None);
+        containers.insert(id.to_owned(), Slot::Reserved);
         Ok(())
     }
 
     /// Adds a container under its reserved id.
     pub fn insert(&self, container: Arc<Container>) {
-        self.containers().insert(container.id.clone(), Some(container));
+        self.containers().insert(container.id.clone(), Slot::Living(container));
     }
 
-    /// Forgets a container, or gives its reserved id back. True where none is left.
-    pub fn remove(&self, id: &str) -> bool {
+    /// Whether this container has not been removed.
+    pub fn has(&self, container: &Arc<Container>) -> bool {
+        self.containers()
+            .get(&container.id)
+            .and_then(Slot::container)
+            .is_some_and(|known| Arc::ptr_eq(known, container))
+    }
+
+    /// A container is about to be removed. True where it is the last: none is there or being made.
+    pub fn leave(&self, container: &Arc<Container>) -> bool {
         let mut containers = self.containers();
-        containers.remove(id);
-        containers.is_empty()
+        containers.insert(container.id.clone(), Slot::Leaving(container.clone()));
+        containers.values().all(|slot| matches!(slot, Slot::Leaving(_)))
     }
 
-    /// Gives up the creation that this init is in the middle of, where it is the only container's: whoever wants it gone
-    /// already does not wait for a guest that does not boot, or does not answer.
+    /// Forgets a container, or gives its reserved id back.
+    pub fn remove(&self, id: &str) {
+        self.containers().remove(id);
+    }
+
+    /// Aborts a creation in progress if this is the only container, so that deleting it does not wait for a guest that
+    /// does not boot or does not answer.
     pub fn abandon(&self, init: &Process) {
         if init.transition.try_lock().is_err() && self.containers().len() == 1 {
             self.agent.down("the container was deleted while it was created");
@@ -317,7 +369,7 @@ impl Sandbox {
         self.containers().is_empty()
     }
 
-    fn containers(&self) -> MutexGuard<'_, HashMap<String, Option<Arc<Container>>>> {
+    fn containers(&self) -> MutexGuard<'_, HashMap<String, Slot>> {
         self.containers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -328,6 +380,7 @@ impl Sandbox {
 
     async fn watch(self: Arc<Self>, mut notices: mpsc::Receiver<Notice>) {
         let logs = Arc::new(Semaphore::new(LOG_CONNECTIONS));
+        let controls = Arc::new(Semaphore::new(CONTROL_CONNECTIONS));
         while let Some(notice) = notices.recv().await {
             match notice {
                 Notice::Launched { machine, cpu_us } => {
@@ -335,17 +388,25 @@ impl Sandbox {
                     let own_cpu_us = own_cpu_us();
                     tracing::info!(?machine, at_ms = self.elapsed_ms(), cpu_us, own_cpu_us, "vm is launched");
                 }
-                Notice::Accepted { port: CONTROL_PORT, stream } => {
-                    tokio::spawn(self.clone().control(stream));
-                }
-                Notice::Accepted { port: LOG_PORT, stream } => match logs.clone().try_acquire_owned() {
-                    Ok(permit) => {
+                Notice::Accepted { port: CONTROL_PORT, stream } => match controls.clone().try_acquire_owned() {
+                    Ok(place) => {
                         let sandbox = self.clone();
                         tokio::spawn(async move {
-                            if let Err(error) = agent::forward_log(stream, &sandbox.records).await {
+                            sandbox.control(stream).await;
+                            drop(place);
+                        });
+                    }
+                    Err(_) => self.complain("guest opens too many control connections"),
+                },
+                Notice::Accepted { port: LOG_PORT, stream } => match logs.clone().try_acquire_owned() {
+                    Ok(place) => {
+                        let sandbox = self.clone();
+                        tokio::spawn(async move {
+                            let throttled = || sandbox.complain("guest logs too fast, and has to wait");
+                            if let Err(error) = agent::forward_log(stream, &sandbox.records, throttled).await {
                                 sandbox.complain(&format!("guest log ended: {error}"));
                             }
-                            drop(permit);
+                            drop(place);
                         });
                     }
                     Err(_) => self.complain("guest opens too many log connections"),
@@ -391,60 +452,106 @@ impl Sandbox {
         self.agent.lost();
     }
 
-    /// What the guest says of its processes. A container or process that is not known is a lie or late, and no harm.
+    /// What the guest says of its processes. A container or process that is not known is a lie or late, and no harm; of
+    /// those that are, [`crate::said`] knows what may be said still.
     fn event(self: Arc<Self>, event: Event) {
         match event.kind {
-            Some(event::Kind::Exit(exit)) => {
+            Some(event::Kind::Exit(reported)) => {
                 let found = self
-                    .container(&exit.container_id)
-                    .and_then(|container| Ok((container.process(&exit.exec_id)?, container)));
-                match found {
-                    Ok((process, container)) => {
-                        // The guest's clock is the guest's word; the difference is what the message took.
-                        tokio::spawn(self.exited(container, process, Exit::now(exit.status & 0xff)));
-                    }
-                    Err(_) => self.early_exit(&exit.container_id, exit.status & 0xff),
+                    .container(&reported.container_id)
+                    .and_then(|container| Ok((container.process(&reported.exec_id)?, container)));
+                // The guest's clock is the guest's word; the difference is what the message took.
+                let exit = Exit::now(reported.status & 0xff);
+                let verdict = found.as_ref().map_or(Verdict::Unasked, |(process, _)| process.said.exit(exit));
+                match (found, verdict) {
+                    (Ok((process, container)), Verdict::Taken) => self.exited(container, process, exit),
+                    // A restarted agent repeats what it knows.
+                    (_, Verdict::Repeated) => drop(self.repeated.fetch_add(1, Ordering::Relaxed)),
+                    _ => self.unasked_exit(&reported.container_id, exit.status),
                 }
             }
             Some(event::Kind::Oom(oom)) => match self.container(&oom.container_id) {
-                Ok(container) => self.publish_oom(&container),
+                Ok(container) => self.out_of_memory(&container),
                 Err(_) => self.complain("guest reports a lack of memory in an unknown container"),
             },
             Some(_) | None => self.complain("guest sent an unknown event"),
         }
     }
 
-    fn early_exit(&self, container: &str, status: u32) {
-        let container = agent::bounded(container);
+    fn unasked_exit(&self, container: &str, status: u32) {
+        let container = agent::cut(container, agent::ID);
         self.complain(&format!("guest reports the end of an unknown process of {container:?}, status {status}"));
     }
 
-    /// A process has ended: pass its output on, then tell everybody, in order.
-    async fn exited(self: Arc<Self>, container: Arc<Container>, process: Arc<Process>, exit: Exit) {
+    fn out_of_memory(&self, container: &Container) {
+        if !container.init.said.may_lack_memory() || matches!(container.init.state(), State::Stopped(_)) {
+            self.complain("guest reports a lack of memory in a container that does not run");
+        } else if container.out_of_memory.admit().is_some() && !self.publisher.out_of_memory(&container.id) {
+            tracing::debug!(container = container.id, "a lack of memory waits to be told already");
+        }
+    }
+
+    /// A process has ended, and [`crate::said`] knows: pass its output on, then tell everybody, in order.
+    fn exited(self: &Arc<Self>, container: Arc<Container>, process: Arc<Process>, exit: Exit) {
+        if process.exec_id.is_empty() {
+            tokio::spawn(self.clone().init_exited(container, exit));
+        } else {
+            tokio::spawn(self.clone().drained(container, process, exit));
+        }
+    }
+
+    async fn init_exited(self: Arc<Self>, container: Arc<Container>, exit: Exit) {
+        // The output of all is waited for at once, and the init's end is the last that is told.
+        let execs = container.close().into_iter();
+        let execs: Vec<_> = execs.map(|exec| tokio::spawn(self.clone().outlived(container.clone(), exec))).collect();
+        self.drain(&container, &container.init).await;
+        for exec in execs {
+            drop(exec.await);
+        }
+        self.tell(&container, &container.init, exit).await;
+    }
+
+    /// Waits for the end of an exec process whose init has ended. One of which the guest does not speak has been
+    /// killed, as far as anybody can know.
+    async fn outlived(self: Arc<Self>, container: Arc<Container>, exec: Arc<Process>) {
+        tokio::select! {
+            () = exec.said.ended() => {}
+            () = tokio::time::sleep(REAP_DEADLINE) => {}
+            () = exec.hurried() => {}
+        }
+        let killed = Exit::now(KILLED);
+        if exec.said.exit(killed) == Verdict::Taken {
+            tracing::warn!(container = container.id, exec = exec.exec_id, "the guest does not report its end");
+            self.drained(container, exec, killed).await;
+        } else {
+            exec.wait().await;
+        }
+    }
+
+    async fn drained(self: Arc<Self>, container: Arc<Container>, process: Arc<Process>, exit: Exit) {
+        self.drain(&container, &process).await;
+        self.tell(&container, &process, exit).await;
+    }
+
+    async fn drain(&self, container: &Container, process: &Process) {
         if !process.drain(self.drain_deadline()).await {
             tracing::info!(container = container.id, exec = process.exec_id, "something still holds its output open");
         }
-        if process.exec_id.is_empty() {
-            let reaped = async {
-                for exec in container.running_execs() {
-                    exec.wait().await;
-                }
-            };
-            if tokio::time::timeout(REAP_DEADLINE, reaped).await.is_err() {
-                tracing::warn!(container = container.id, "an exec process outlives its container's init");
-            }
-        }
-        let transition = process.transition.lock().await;
-        if process.set_stopped(exit) {
-            self.publish_exit(&container, &process, exit);
-        }
-        drop(transition);
     }
 
-    fn publish_oom(&self, container: &Container) {
-        let mut event = TaskOOM::new();
-        event.set_container_id(container.id.clone());
-        self.publisher.publish("/tasks/oom", Box::new(event));
+    /// Tells of an end: after the start, which holds the transition until it is told.
+    async fn tell(&self, container: &Container, process: &Process, exit: Exit) {
+        let _transition = process.transition.lock().await;
+        let told = match process.state() {
+            // An exec process whose start was never told has no end to tell either.
+            State::Created => process.exec_id.is_empty(),
+            State::Running => true,
+            State::Stopped(_) => false,
+        };
+        if told {
+            self.publish_exit(container, process, exit);
+            process.set_stopped(exit);
+        }
     }
 
     fn publish_exit(&self, container: &Container, process: &Process, exit: Exit) {
@@ -485,33 +592,40 @@ impl Sandbox {
             Some(Cause::Shutdown) => tracing::warn!(why, "vm has ended"),
             cause => tracing::error!(?cause, why, "vm has ended"),
         }
+        let repeated = self.repeated.swap(0, Ordering::Relaxed);
+        if repeated > 0 {
+            tracing::info!(repeated, "the guest has reported ends of processes again");
+        }
         self.agent.down(&why);
-        let containers: Vec<_> = self.containers().values().flatten().cloned().collect();
+        let containers: Vec<_> = self.containers().values().filter_map(Slot::container).cloned().collect();
         for container in containers {
             if starved {
-                self.publish_oom(&container);
+                self.publisher.out_of_memory(&container.id);
             }
             for process in container.processes() {
-                // What was never started has no end.
-                if process.state() == State::Created && !process.exec_id.is_empty() {
-                    continue;
+                let killed = Exit::now(KILLED);
+                // What the guest was never asked for has no end; what has ended already keeps its own.
+                if process.said.exit(killed) == Verdict::Taken {
+                    self.exited(container.clone(), process, killed);
                 }
-                tokio::spawn(self.clone().exited(container.clone(), process, Exit::now(KILLED)));
             }
         }
     }
 
     /// Ends the VM, and waits until nothing of it is left.
-    pub async fn end_vm(&self) {
+    ///
+    /// A vmm process that the kernel does not let go is in the journal still. Its guest counts as ended: nobody asks
+    /// it, and the ends of its processes are told.
+    pub async fn end_vm(self: &Arc<Self>) {
         self.ending.store(true, Ordering::Relaxed);
         if let Err(error) = self.vmm.end().await {
-            // The journal has it still.
             tracing::error!(%error, "end vmm");
+            self.ended(Err(format!("the vmm process was killed and is not gone: {error}")));
         }
     }
 
     /// Ends the VM, and takes away everything that the sandbox owns.
-    pub async fn destroy(&self) {
+    pub async fn destroy(self: &Arc<Self>) {
         self.end_vm().await;
         let dir = self.journal.path().to_owned();
         // On a thread: processes and cgroups are waited for.

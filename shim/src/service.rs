@@ -1,9 +1,10 @@
-//! containerd's Task service (runtime v2), translated: requests in, the sandbox's containers and agent asked, replies out.
+//! containerd's Task service (runtime v2), translated: requests in, the sandbox's containers and agent asked, replies
+//! out.
 //!
 //! Every request runs in a task of its own: a client that goes away or times out drops its handler, and must not stop
 //! work half-way.
 
-use std::{future::Future, sync::Arc, time::Duration};
+use std::{future::Future, sync::Arc};
 
 use async_trait::async_trait;
 use containerd_shim_protos::{
@@ -13,27 +14,26 @@ use containerd_shim_protos::{
         ProcessInfo, ResizePtyRequest, ResumeRequest, ShutdownRequest, StartRequest, StartResponse, StateRequest,
         StateResponse, StatsRequest, StatsResponse, Status, UpdateTaskRequest, WaitRequest, WaitResponse,
     },
-    cgroups_v2::metrics::Metrics,
     events::task::{TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskIO, TaskStart},
-    protobuf::{Message, well_known_types::any::Any},
+    protobuf::well_known_types::any::Any,
     shim_async::Task,
 };
-use nix::sys::signal::Signal;
-use ttrpc::{Code, asynchronous::TtrpcContext};
-use vz_proto::{ContainerRequest, ProcessRequest, ResizePtyRequest as AgentResize, SignalProcessRequest};
+use ttrpc::asynchronous::TtrpcContext;
+use vz_proto::{AgentClient, ContainerRequest, ProcessRequest, ResizePtyRequest as AgentResize};
 
 use crate::{
-    container::{Container, Process, State},
+    container::{Container, Exit, Process, State},
     create,
     error::{Error, chain},
     io::Stdio,
+    kill, metrics,
     sandbox::Sandbox,
 };
 
 type Reply<T> = ttrpc::Result<T>;
 
-/// How long the answer to a SIGKILL may wait for the process's end to be known.
-const KILL_DEADLINE: Duration = Duration::from_secs(5);
+/// What somebody is told who waits for the end of an exec process that was deleted before it ran.
+const NEVER_RAN: u32 = 255;
 
 /// The Task service of a sandbox.
 #[derive(Debug, Clone)]
@@ -63,7 +63,10 @@ impl Service {
     async fn start_process(self, id: String, exec_id: String) -> Result<u32, Error> {
         let container = self.0.container(&id)?;
         let process = container.process(&exec_id)?;
-        let _transition = process.transition.lock().await;
+        let transition = process.transition.lock().await;
+        if !container.has(&process) {
+            return Err(Error::NotFound { what: "exec", id: exec_id });
+        }
         if process.state() != State::Created {
             return Err(state_error(&container, &process, "must be created"));
         }
@@ -75,18 +78,24 @@ impl Service {
             event.set_pid(container.pid);
             self.0.publisher.publish("/tasks/start", Box::new(event));
             tracing::info!(container = container.id, at_ms = self.0.elapsed_ms(), "container is started");
+            // A hook that hangs does not keep the container's end from being told.
+            drop(transition);
             create::poststart(&self.0, &container).await;
         } else {
             if container.init.state() != State::Running {
                 return Err(state_error(&container, &container.init, "must be running"));
             }
             create::start_exec(&self.0, &container, &process).await?;
-            process.set_running();
             let mut event = TaskExecStarted::new();
             event.set_container_id(id);
             event.set_exec_id(exec_id);
             event.set_pid(container.pid);
-            self.0.publisher.publish("/tasks/exec-started", Box::new(event));
+            let publish = || self.0.publisher.publish("/tasks/exec-started", Box::new(event));
+            if let Err(error) = container.run_exec(&process, publish) {
+                // The container ended meanwhile, and the process with it.
+                process.close().await;
+                return Err(error);
+            }
         }
         Ok(container.pid)
     }
@@ -94,34 +103,11 @@ impl Service {
     async fn delete_process(self, id: String, exec_id: String) -> Result<DeleteResponse, Error> {
         let container = self.0.container(&id)?;
         let process = container.process(&exec_id)?;
-        let exit = match process.state() {
-            State::Stopped(exit) => Some(exit),
-            State::Running => return Err(state_error(&container, &process, "must be stopped")),
-            State::Created if exec_id.is_empty() => {
-                self.0.abandon(&process);
-                self.signal(&container, &process, 9, false).await?;
-                Some(process.wait().await)
-            }
-            State::Created => None,
-        };
-        if exec_id.is_empty() {
-            create::delete(&self.0, &container).await?;
-            let mut event = TaskDelete::new();
-            event.set_container_id(id);
-            event.set_pid(container.pid);
-            if let Some(exit) = exit {
-                event.set_exit_status(exit.status);
-                event.set_exited_at(exit.timestamp());
-            }
-            self.0.publisher.publish("/tasks/delete", Box::new(event));
+        let exit = if exec_id.is_empty() {
+            Some(self.delete_init(&container).await?)
         } else {
-            process.close().await;
-            if exit.is_some() {
-                let (sandbox, of, id) = (self.0.clone(), container.clone(), exec_id.clone());
-                container.forget_exec(&exec_id, async move { create::forget(&sandbox, &of, &id).await });
-            }
-            container.remove_exec(&exec_id);
-        }
+            self.delete_exec(&container, &process).await?
+        };
         let mut response = DeleteResponse::new();
         response.set_pid(container.pid);
         if let Some(exit) = exit {
@@ -131,33 +117,48 @@ impl Service {
         Ok(response)
     }
 
-    async fn signal(&self, container: &Container, process: &Process, signal: u32, all: bool) -> Result<(), Error> {
-        if process.state() == State::Created {
-            // The guest may not know it yet: a daemon that was started again can ask in the middle of a creation.
-            drop(process.transition.lock().await);
-        }
-        match process.state() {
-            State::Stopped(_) => return Err(Error::Finished),
-            State::Created if !process.exec_id.is_empty() => {
-                return Err(state_error(container, process, "must be running"));
+    async fn delete_init(&self, container: &Arc<Container>) -> Result<Exit, Error> {
+        let init = &container.init;
+        match init.state() {
+            State::Stopped(_) => {}
+            State::Running => return Err(state_error(container, init, "must be stopped")),
+            State::Created => {
+                self.0.abandon(init);
+                kill::kill_init(&self.0, container, false).await?;
             }
-            _ => {}
         }
-        let request = SignalProcessRequest {
-            container_id: container.id.clone(),
-            exec_id: process.exec_id.clone(),
-            signal,
-            all,
-            ..Default::default()
+        let exit = init.wait().await;
+        create::delete(&self.0, container, || {
+            let mut event = TaskDelete::new();
+            event.set_container_id(container.id.clone());
+            event.set_pid(container.pid);
+            event.set_exit_status(exit.status);
+            event.set_exited_at(exit.timestamp());
+            self.0.publisher.publish("/tasks/delete", Box::new(event));
+        })
+        .await?;
+        Ok(exit)
+    }
+
+    async fn delete_exec(&self, container: &Arc<Container>, process: &Arc<Process>) -> Result<Option<Exit>, Error> {
+        // A start in progress ends first, so that what it makes in the guest is known.
+        let _transition = process.transition.lock().await;
+        let exit = match process.state() {
+            State::Stopped(exit) => Some(exit),
+            State::Running => return Err(state_error(container, process, "must be stopped")),
+            State::Created => None,
         };
-        let asked =
-            self.0.agent.ask("kill", |agent, context| async move { agent.signal_process(context, &request).await });
-        match asked.await {
-            Err(Error::Agent { code: Code::NOT_FOUND, .. }) => Err(Error::Finished),
-            // A VM that has ended has ended its processes.
-            Err(Error::Sandbox(_)) => Err(Error::Finished),
-            other => other.map(drop),
+        if !container.remove_exec(process) {
+            return Err(Error::NotFound { what: "exec", id: process.exec_id.clone() });
         }
+        if exit.is_some() {
+            let (sandbox, of, id) = (self.0.clone(), container.clone(), process.exec_id.clone());
+            container.forget_exec(&process.exec_id, async move { create::forget(&sandbox, &of, &id).await });
+        } else {
+            process.set_stopped(Exit::now(NEVER_RAN));
+        }
+        process.close().await;
+        Ok(exit)
     }
 }
 
@@ -234,11 +235,12 @@ impl Task for Service {
                 terminal: request.terminal,
             };
             container.forgotten(&request.exec_id).await;
-            container.add_exec(Process::new(&request.exec_id, stdio, Some(spec)))?;
+            let process = Process::new(&request.exec_id, stdio, Some(spec));
             let mut event = TaskExecAdded::new();
             event.set_container_id(request.id);
             event.set_exec_id(request.exec_id);
-            service.0.publisher.publish("/tasks/exec-added", Box::new(event));
+            let publish = || service.0.publisher.publish("/tasks/exec-added", Box::new(event));
+            container.add_exec(process, publish)?;
             Ok(Empty::new())
         })
         .await
@@ -292,12 +294,7 @@ impl Task for Service {
         detached("kill", &id, async move {
             let container = service.0.container(&request.id)?;
             let process = container.process(&request.exec_id)?;
-            service.signal(&container, &process, request.signal, request.all).await?;
-            if request.signal == Signal::SIGKILL as u32 && process.state() != State::Created {
-                // Whoever kills and then asks, or starts it again, must not meet it still running: with runc the kernel
-                // sees to that. A process that cannot die, or whose output nobody takes, is waited for no longer than that.
-                drop(tokio::time::timeout(KILL_DEADLINE, process.wait()).await);
-            }
+            kill::signal(&service.0, &container, &process, request.signal, request.all).await?;
             Ok(Empty::new())
         })
         .await
@@ -318,9 +315,8 @@ impl Task for Service {
                 rows: request.height,
                 ..Default::default()
             };
-            let asked =
-                service.0.agent.ask("resize", |agent, context| async move { agent.resize_pty(context, &resize).await });
-            asked.await?;
+            let call = async |agent: AgentClient, context, resize| agent.resize_pty(context, &resize).await;
+            service.0.agent.ask("resize", resize, call).await?;
             Ok(Empty::new())
         })
         .await
@@ -362,17 +358,11 @@ impl Task for Service {
                 return Err(state_error(&container, &container.init, "must be running"));
             }
             let ask = ContainerRequest { container_id: request.id, ..Default::default() };
-            let asked = service.0.agent.ask("stats", |agent, context| async move { agent.stats(context, &ask).await });
-            let stats = asked.await?;
-            // Read and written again: what reaches containerd is a message of ours, not the guest's bytes.
-            let message = |e: containerd_shim_protos::protobuf::Error| Error::Message {
-                what: "read the guest's metrics",
-                source: Box::new(e),
-            };
-            let metrics = Metrics::parse_from_bytes(&stats.metrics).map_err(message)?;
+            let call = async |agent: AgentClient, context, ask| agent.stats(context, &ask).await;
+            let stats = service.0.agent.ask("stats", ask, call).await?;
             let mut any = Any::new();
             any.type_url = "io.containerd.cgroups.v2.Metrics".into();
-            any.value = metrics.write_to_bytes().map_err(message)?;
+            any.value = metrics::known(&stats.metrics)?;
             let mut response = StatsResponse::new();
             response.set_stats(any);
             Ok(response)

@@ -45,6 +45,14 @@ pub enum Error {
     /// It does not answer any more.
     #[error("vmm process is gone")]
     Gone,
+    /// It did not take a request or did not answer, and runs.
+    #[error("connect to guest port {port}: the vmm process did not answer within {} s", .after.as_secs())]
+    Silent {
+        /// The port.
+        port: u32,
+        /// How long it was waited for.
+        after: Duration,
+    },
     /// A message could not be sent.
     #[error("send request to vmm")]
     Send(#[source] io::Error),
@@ -63,6 +71,8 @@ pub enum Error {
 
 /// How long the vmm's process may take to be reaped after its channel has closed.
 const DEATH_DEADLINE: Duration = Duration::from_secs(5);
+/// How long the killed process may take to be gone, with the memory of its guest.
+const END_DEADLINE: Duration = Duration::from_secs(3);
 
 /// What the sandbox is told.
 #[derive(Debug)]
@@ -113,7 +123,8 @@ pub struct Place<'a> {
     pub oom_score: Score,
 }
 
-/// Starts the vmm process, with log lines to `stderr`, and tells it to boot, with `files` for its network cards and disks. Call it from the main thread, which the process does not outlive.
+/// Starts the vmm process, with log lines to `stderr`, and tells it to boot, with `files` for its network cards and
+/// disks. Call it from the main thread, which the process does not outlive.
 pub fn start(
     config: BootConfig,
     files: &[OwnedFd],
@@ -155,20 +166,30 @@ impl Started {
 }
 
 impl Vmm {
-    /// Connects to a port of the guest.
-    pub async fn dial(&self, port: u32) -> Result<UnixStream, Error> {
+    /// Connects to a port of the guest, at most within `deadline`: a vmm that is stopped does not even refuse.
+    pub async fn dial(&self, port: u32, deadline: Duration) -> Result<UnixStream, Error> {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let (answer, answered) = oneshot::channel();
         self.dials().insert(id, answer);
-        self.send(&Request::Dial { id, port }).await?;
-        let fd = answered.await.map_err(|_| Error::Gone)?.map_err(|reason| Error::Dial { port, reason })?;
-        stream(fd)
+        let asked = async {
+            self.send(&Request::Dial { id, port }).await?;
+            answered.await.map_err(|_| Error::Gone)?.map_err(|reason| Error::Dial { port, reason })
+        };
+        let asked = tokio::time::timeout(deadline, asked).await;
+        if asked.as_ref().map_or(true, Result::is_err) {
+            self.dials().remove(&id);
+        }
+        stream(asked.unwrap_or(Err(Error::Silent { port, after: deadline }))?)
     }
 
     /// Ends the VM and waits until its process, and with it everything in its pid namespace, is gone.
+    ///
+    /// SIGKILL ends a stopped process too. One that the kernel holds in an uninterruptible wait is `TimedOut`: it ends
+    /// as soon as the kernel lets it go, and is in the journal until then.
     pub async fn end(&self) -> io::Result<()> {
         self.process.get_ref().kill(Signal::SIGKILL)?;
-        self.process.readable().await?.retain_ready();
+        let gone = tokio::time::timeout(END_DEADLINE, self.process.readable());
+        gone.await.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??.retain_ready();
         self.reap().map(drop)
     }
 

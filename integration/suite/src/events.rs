@@ -34,6 +34,19 @@ impl Event {
     }
 }
 
+/// The topics of events, with the process's id where it is not the container's.
+pub fn story(events: &[Event]) -> Vec<String> {
+    let line = |event: &Event| {
+        let topic = event.topic.trim_start_matches("/tasks/");
+        let exec = ["exec_id", "id"].iter().map(|field| event.text(field)).find(|id| !id.is_empty());
+        match exec {
+            Some(exec) if exec != event.text("container_id") => format!("{topic} {exec}"),
+            _ => topic.to_owned(),
+        }
+    };
+    events.iter().map(line).collect()
+}
+
 /// Listens to events from its start on.
 #[derive(Debug)]
 pub struct Recorder(Running);

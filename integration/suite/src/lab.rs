@@ -28,7 +28,7 @@ pub const NGINX: &str = "vz.test/nginx:1";
 /// What all containers of the suite have in their names.
 pub const PREFIX: &str = "vzt-";
 /// The shim's own deadlines, in seconds.
-const TIMEOUTS: [(&str, u32); 3] = [("boot_s", 30), ("agent_s", 30), ("drain_s", 10)];
+const TIMEOUTS: [(&str, u32); 4] = [("boot_s", 30), ("agent_s", 30), ("kill_s", 4), ("drain_s", 10)];
 /// Log lines that a failure quotes.
 const LOG_LINES: usize = 25;
 

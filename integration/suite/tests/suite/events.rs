@@ -3,7 +3,7 @@
 use vz_suite::{
     Lab, Verdict,
     container::Task,
-    events::{Event, Recorder},
+    events::{Recorder, story},
     lab::BUSYBOX,
     tests,
 };
@@ -13,19 +13,6 @@ tests![
     a_process_that_ends_at_once_has_started_before,
     an_execs_end_comes_before_its_containers
 ];
-
-/// Topics, with the process's id where it is not the container's.
-fn story(events: &[Event]) -> Vec<String> {
-    let line = |event: &Event| {
-        let topic = event.topic.trim_start_matches("/tasks/");
-        let exec = ["exec_id", "id"].iter().map(|field| event.text(field)).find(|id| !id.is_empty());
-        match exec {
-            Some(exec) if exec != event.text("container_id") => format!("{topic} {exec}"),
-            _ => topic.to_owned(),
-        }
-    };
-    events.iter().map(line).collect()
-}
 
 fn a_runs_events_come_in_order_and_once(lab: &Lab) -> Verdict {
     let events = Recorder::start(lab);

@@ -8,6 +8,7 @@ mod checker;
 mod cli;
 mod crash;
 mod disks;
+mod endings;
 mod errors;
 mod escape;
 mod events;
@@ -46,6 +47,7 @@ fn main() -> ExitCode {
         errors::TESTS,
         escape::TESTS,
         hostile::TESTS,
+        endings::TESTS,
         host_side::TESTS,
         metal::TESTS,
         cli::TESTS,
