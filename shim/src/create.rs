@@ -26,6 +26,7 @@ use crate::{
     hooks::{self, Context},
     io::{self, Guest, Stdio},
     journal::Resource,
+    mirror,
     names::{Names, Source},
     network,
     offload::{self, Doing},
@@ -136,6 +137,7 @@ async fn host_side(sandbox: &Arc<Sandbox>, request: &CreateTaskRequest) -> Resul
         let (sandbox, request) = (Arc::clone(sandbox), request.clone());
         offload::run(sandbox.files_deadline(), move |doing| mount_files(&sandbox, &request, doing)).await?
     };
+    mirror::watch(sandbox);
     let annotations = spec::annotations(&plan.guest);
     for field in &plan.dropped {
         tracing::info!(container = request.id, field, "has no meaning in a vm, is left out");
@@ -391,7 +393,10 @@ pub async fn delete(sandbox: &Arc<Sandbox>, container: &Arc<Container>, publish:
         sandbox.end_vm().await;
         results.push(sandbox.network.undo(&sandbox.journal).map_err(Error::from));
     }
-    results.push(remove_files(sandbox, &container.id).await);
+    if let Err(error) = remove_files(sandbox, &container.id).await {
+        // They end with the last process of the sandbox in any case.
+        tracing::error!(container = container.id, error = chain(&error), "take away mounts");
+    }
     finish_hooks(sandbox, container).await;
     sandbox.remove(&container.id);
     publish();

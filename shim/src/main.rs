@@ -27,6 +27,8 @@ mod limit;
 mod log;
 mod logger;
 mod metrics;
+mod mirror;
+mod mount_table;
 mod names;
 mod network;
 mod offload;

@@ -25,7 +25,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU32, Ordering},
+        atomic::{AtomicBool, AtomicU32, Ordering},
     },
 };
 
@@ -41,12 +41,16 @@ use nix::{
 };
 use vz_sys::mount as sys;
 
-use crate::spec::{Bind, Propagation};
+use crate::{
+    mirror::Volume,
+    mount_table,
+    spec::{Bind, Propagation},
+};
 
 /// Name of a container's root file system in its directory.
 pub const ROOTFS: &str = "rootfs";
 /// What a mount that the guest reaches never does on the host: the guest has its own devices, programs and privileges.
-const HARMLESS: u64 = libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NOEXEC;
+pub const HARMLESS: u64 = libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NOEXEC;
 /// The same for mount(8), after all other options.
 const HARMLESS_OPTIONS: [&str; 3] = ["nodev", "nosuid", "noexec"];
 /// Bytes of options that mount(2) takes: a page, less its own bookkeeping.
@@ -84,6 +88,9 @@ pub enum Error {
     /// A container's id is no name of a directory.
     #[error("container id {0:?} is not a file name")]
     Id(String),
+    /// The mount table.
+    #[error("read the mount table")]
+    Table(#[source] io::Error),
     /// The container was deleted meanwhile.
     #[error("the container was deleted while it was created")]
     Gone,
@@ -98,7 +105,9 @@ fn at<E: Into<io::Error>>(action: &'static str, path: &Path) -> impl FnOnce(E) -
 pub struct Share {
     path: PathBuf,
     root: OwnedFd,
-    places: Mutex<HashMap<String, Arc<Mutex<bool>>>>,
+    places: Mutex<HashMap<String, Arc<Mutex<Live>>>>,
+    /// Whether the host's mounts are being followed.
+    pub watched: AtomicBool,
     /// Mount points that are in use for a moment, numbered.
     stages: AtomicU32,
 }
@@ -109,8 +118,16 @@ pub struct Place<'s> {
     share: &'s Share,
     path: PathBuf,
     dir: OwnedFd,
-    /// False as soon as the container is removed: a mount that comes late is then refused.
-    live: Arc<Mutex<bool>>,
+    live: Arc<Mutex<Live>>,
+}
+
+/// What may still happen in a container's directory.
+#[derive(Debug)]
+enum Live {
+    /// Mounts, and these volumes follow the host's.
+    Yes(Vec<Volume>),
+    /// Nothing: the container is removed, and a mount that comes late is refused.
+    No,
 }
 
 impl Share {
@@ -132,7 +149,8 @@ impl Share {
         let root = sys::tmpfs("vz-share", &options).map_err(at("make tmpfs for", &path))?;
         sys::attach(root.as_fd(), &path).map_err(at("mount tmpfs at", &path))?;
         sys::set_propagation(root.as_fd(), MsFlags::MS_SHARED.bits(), false).map_err(at("share", &path))?;
-        Ok(Self { path, root, places: Mutex::default(), stages: AtomicU32::default() })
+        let (places, watched, stages) = Default::default();
+        Ok(Self { path, root, places, watched, stages })
     }
 
     /// Where the vmm finds it.
@@ -147,7 +165,7 @@ impl Share {
             return Err(Error::Id(container.to_owned()));
         }
         let path = self.path.join(name);
-        let live = Arc::new(Mutex::new(true));
+        let live = Arc::new(Mutex::new(Live::Yes(Vec::new())));
         lock(&self.places).insert(container.to_owned(), Arc::clone(&live));
         match mkdirat(&self.root, name, Mode::from_bits_truncate(0o755)) {
             Ok(()) | Err(Errno::EEXIST) => {}
@@ -162,9 +180,10 @@ impl Share {
     /// A mount that a file system holds up comes to nothing from now on.
     pub fn remove(&self, container: &str) -> Result<(), Error> {
         let live = lock(&self.places).remove(container);
+        // Held to the end: a mount that is being made comes before, and none comes after.
         let mut live = live.as_ref().map(|live| lock(live));
         if let Some(live) = &mut live {
-            **live = false;
+            **live = Live::No;
         }
         let (name, path) = (Path::new(container), self.path.join(container));
         let dir = match open_dir(self.root.as_fd(), name) {
@@ -182,6 +201,27 @@ impl Share {
             removed.map_err(at("remove", &path))?;
         }
         unlinkat(&self.root, name, UnlinkatFlags::RemoveDir).map_err(at("remove", &path))
+    }
+
+    /// Whether there are volumes that follow the host's mounts.
+    pub fn has_followers(&self) -> bool {
+        let places: Vec<_> = lock(&self.places).values().cloned().collect();
+        places.iter().any(|place| matches!(&*lock(place), Live::Yes(volumes) if !volumes.is_empty()))
+    }
+
+    /// Brings the volumes that follow the host's mounts up to date. The first failure is returned, after all has been tried.
+    pub fn follow(&self) -> Result<(), Error> {
+        let table = mount_table::read().map_err(Error::Table)?;
+        let places: Vec<_> = lock(&self.places).values().cloned().collect();
+        let mut result = Ok(());
+        for place in places {
+            let mut live = lock(&place);
+            let Live::Yes(volumes) = &mut *live else { continue };
+            for volume in volumes {
+                result = result.and(volume.update(&table).map_err(at("follow mounts below", volume.source())));
+            }
+        }
+        result
     }
 
     /// Mounts what containerd asks for, out of everybody's sight, and returns it as a detached tree.
@@ -228,7 +268,7 @@ impl Place<'_> {
         } else {
             self.share.staged(mounts)?
         };
-        self.attach(&tree, Path::new(ROOTFS), true)
+        self.attach(&tree, Path::new(ROOTFS), true, None)
     }
 
     /// The mounted root file system.
@@ -248,31 +288,33 @@ impl Place<'_> {
     pub fn bind(&self, bind: &Bind) -> Result<OwnedFd, Error> {
         let source = &bind.source;
         let tree = sys::clone_tree_at(bind.file.as_fd(), bind.recursive).map_err(at("bind", source))?;
-        // A clone of a shared mount would be its peer, and the guest's view would leak into the host's.
-        let propagation = |of: MsFlags, all| sys::set_propagation(tree.as_fd(), of.bits(), all);
-        match bind.propagation {
-            Propagation::Slave => propagation(MsFlags::MS_SLAVE, true),
-            Propagation::Private { recursive: true } => propagation(MsFlags::MS_PRIVATE, true),
-            Propagation::Private { recursive: false } => {
-                propagation(MsFlags::MS_SLAVE, true).and_then(|()| propagation(MsFlags::MS_PRIVATE, false))
-            }
-        }
-        .map_err(at("set propagation of", source))?;
+        // What the host mounts later is cloned one by one where it is to be seen (`mirror`). A slave would keep the host
+        // from unmounting, and the clone of a shared mount would be its peer and show the host what is mounted here.
+        sys::set_propagation(tree.as_fd(), MsFlags::MS_PRIVATE.bits(), true).map_err(at("make private", source))?;
         if let Some(recursive) = bind.readonly.recursive() {
             sys::set_attributes(tree.as_fd(), libc::MOUNT_ATTR_RDONLY, recursive).map_err(at("set ro on", source))?;
         }
-        self.attach(&tree, &bind.name, bind.is_dir)?;
+        let volume = || {
+            let root = tree.try_clone().map_err(at("hold", source))?;
+            Volume::new(&bind.file, root, bind.recursive).map_err(at("look at mounts below", source))
+        };
+        let follows = bind.is_dir && bind.propagation == Propagation::Slave;
+        self.attach(&tree, &bind.name, bind.is_dir, if follows { Some(&volume) } else { None })?;
         Ok(tree)
     }
 
-    /// Attaches a detached tree under a name of its own. From here on the guest sees it.
-    fn attach(&self, tree: &OwnedFd, name: &Path, is_dir: bool) -> Result<(), Error> {
+    /// Attaches a detached tree under a name of its own. From here on the guest sees it. `volume` makes what follows the host.
+    fn attach(
+        &self,
+        tree: &OwnedFd,
+        name: &Path,
+        is_dir: bool,
+        volume: Option<&dyn Fn() -> Result<Volume, Error>>,
+    ) -> Result<(), Error> {
         let path = self.path.join(name);
         sys::set_attributes(tree.as_fd(), HARMLESS, true).map_err(at("set nodev,nosuid,noexec on", &path))?;
-        let live = lock(&self.live);
-        if !*live {
-            return Err(Error::Gone);
-        }
+        let mut live = lock(&self.live);
+        let Live::Yes(volumes) = &mut *live else { return Err(Error::Gone) };
         if is_dir {
             mkdirat(&self.dir, name, Mode::from_bits_truncate(0o755)).map_err(at("make", &path))?;
         } else {
@@ -281,7 +323,11 @@ impl Place<'_> {
         }
         let target =
             sys::open_beneath(self.dir.as_fd(), name, OFlag::O_PATH | OFlag::O_NOFOLLOW).map_err(at("open", &path))?;
-        sys::attach_at(tree.as_fd(), target.as_fd()).map_err(at("attach", &path))
+        sys::attach_at(tree.as_fd(), target.as_fd()).map_err(at("attach", &path))?;
+        if let Some(volume) = volume {
+            volumes.push(volume()?);
+        }
+        Ok(())
     }
 }
 
@@ -512,13 +558,16 @@ mod tests {
             let place = share.place("c1").unwrap();
             let variants: [(&str, crate::spec::ReadOnly, Propagation); 3] = [
                 ("mount0", crate::spec::ReadOnly::Top, Propagation::Slave),
-                ("mount1", crate::spec::ReadOnly::All, Propagation::Private { recursive: true }),
-                ("mount2", crate::spec::ReadOnly::No, Propagation::Private { recursive: false }),
+                ("mount1", crate::spec::ReadOnly::All, Propagation::Private),
+                ("mount2", crate::spec::ReadOnly::No, Propagation::Private),
             ];
             for (name, readonly, propagation) in variants {
                 place.bind(&Bind { readonly, propagation, ..bind(&volume, name) }).unwrap();
             }
+            assert!(share.has_followers());
             tmpfs(&volume.join("late"));
+            tmpfs(&volume.join("late/deep"));
+            share.follow().unwrap();
             let seen = |name: &str| {
                 fs::metadata(path.join("c1").join(name).join("late")).is_ok_and(|late| {
                     use std::os::unix::fs::MetadataExt;
@@ -530,9 +579,25 @@ mod tests {
             assert_eq!(["mount0/x", "mount0/early/x"].map(writable), [false, true]);
             assert_eq!(["mount1/x", "mount1/early/x"].map(writable), [false, false]);
             assert_eq!(["mount2/x", "mount2/early/x"].map(writable), [true, true]);
-            // The guest's mounts do not keep the host from unmounting.
-            nix::mount::umount(&volume.join("late")).unwrap();
+            // What the guest has open does not keep the host from unmounting.
+            let held =
+                ["early", "late", "late/deep"].map(|name| fs::File::open(path.join("c1/mount0").join(name)).unwrap());
+            for name in ["late/deep", "late", "early"] {
+                nix::mount::umount(&volume.join(name)).unwrap();
+            }
+            drop(held);
+            share.follow().unwrap();
             assert!(!seen("mount0"));
+            assert!(!writable("mount0/early/x"));
+            // A name of another mount, and what the guest has put in the place of a mount point.
+            let odd = volume.join("with space");
+            tmpfs(&odd);
+            share.follow().unwrap();
+            fs::write(odd.join("file"), "").unwrap();
+            assert!(path.join("c1/mount0/with space/file").exists());
+            share.remove("c1").unwrap();
+            share.follow().unwrap();
+            assert_eq!(fs::read_dir(path).unwrap().count(), 0);
         });
     }
 

@@ -18,13 +18,13 @@ use std::{
 
 use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
 use oci_spec::runtime::{
-    Hook, Hooks, Linux, LinuxDeviceType, LinuxNamespaceType, LinuxResources, Mount, Process as ProcessSpec, Spec,
+    Hook, Hooks, Linux, LinuxDeviceType, LinuxNamespaceType, LinuxResources, Mount, Process, Spec,
 };
-use procfs::process::{MountInfo, Process};
 use vz_proto::{NETNS_PATH, SHARE_PATH};
 
 use crate::{
     disks::{self, Disk},
+    mount_table::{self, Entry},
     share::{ROOTFS, open_source},
 };
 
@@ -107,11 +107,8 @@ impl ReadOnly {
 pub enum Propagation {
     /// They do (`slave`, `rslave`); so it is where nothing is said.
     Slave,
-    /// They do not.
-    Private {
-        /// Nor below the mounts that were there (`rprivate`).
-        recursive: bool,
-    },
+    /// They do not (`private`, `rprivate`).
+    Private,
 }
 
 /// Why a spec cannot be run in a VM. Each names the field, and says what to do.
@@ -156,7 +153,12 @@ pub fn plan(mut spec: Spec, container: &str, disks: &[Disk], looking: &dyn Fn(&P
     let mut binds = Vec::new();
     let own_ipc = has_namespace(&spec, LinuxNamespaceType::Ipc);
     if let Some(mounts) = spec.mounts_mut() {
-        let table = LazyCell::new(mount_table);
+        let table = LazyCell::new(|| {
+            mount_table::read().unwrap_or_else(|error| {
+                tracing::warn!(%error, "mounts below read-only volumes are read-only too");
+                Vec::new()
+            })
+        });
         let mut all = Vec::with_capacity(mounts.len());
         for (index, mut mount) in mounts.drain(..).enumerate() {
             disks::settle(&mut mount, disks);
@@ -182,17 +184,8 @@ fn has_namespace(spec: &Spec, kind: LinuxNamespaceType) -> bool {
     namespaces.into_iter().flatten().any(|namespace| namespace.typ() == kind)
 }
 
-/// All mounts of this namespace.
-fn mount_table() -> Vec<MountInfo> {
-    let table = Process::myself().and_then(|this| this.mountinfo());
-    table.map(|table| table.0).unwrap_or_else(|error| {
-        tracing::warn!(%error, "the host's mount table is unreadable: mounts below read-only volumes are read-only too");
-        Vec::new()
-    })
-}
-
 /// Makes the guest's form of a process that is started in a running container.
-pub fn exec_process(mut process: ProcessSpec) -> ProcessSpec {
+pub fn exec_process(mut process: Process) -> Process {
     guest_process(&mut process, &mut Vec::new());
     process
 }
@@ -217,7 +210,7 @@ fn unsupported(field: impl Into<String>, why: &'static str) -> Error {
 }
 
 /// Host security modules know nothing of what runs in the guest; the VM is the boundary.
-fn guest_process(process: &mut ProcessSpec, dropped: &mut Vec<String>) {
+fn guest_process(process: &mut Process, dropped: &mut Vec<String>) {
     if let Some(profile) = process.apparmor_profile().clone().filter(|p| !p.is_empty()) {
         dropped.push(format!("process.apparmorProfile={profile}"));
     }
@@ -313,8 +306,7 @@ fn propagation(options: &[String], destination: &Path) -> Result<Propagation, Er
     for option in options {
         propagation = match option.as_str() {
             "slave" | "rslave" => Propagation::Slave,
-            "private" | "unbindable" => Propagation::Private { recursive: false },
-            "rprivate" | "runbindable" => Propagation::Private { recursive: true },
+            "private" | "rprivate" | "unbindable" | "runbindable" => Propagation::Private,
             "shared" | "rshared" => {
                 return Err(unsupported(
                     format!("mounts: {option} of {}", destination.display()),
@@ -329,12 +321,12 @@ fn propagation(options: &[String], destination: &Path) -> Result<Propagation, Er
 
 /// Mounts of their own for what is mounted below a bind that is read-only by itself only (`ro`, not `rro`): in the guest they
 /// would otherwise take the bind's `ro` over. Those that the host has read-only stay so.
-fn writable_submounts(mount: &Mount, bind: &Bind, table: &[MountInfo]) -> Vec<Mount> {
+fn writable_submounts(mount: &Mount, bind: &Bind, table: &[Entry]) -> Vec<Mount> {
     if bind.readonly != ReadOnly::Top || !bind.recursive {
         return Vec::new();
     }
     let Ok(source) = fs::read_link(vz_sys::mount::path_of(bind.file.as_fd())) else { return Vec::new() };
-    let mut below: Vec<&Path> = table.iter().filter_map(|known| known.mount_point.strip_prefix(&source).ok()).collect();
+    let mut below: Vec<&Path> = table.iter().filter_map(|known| known.point.strip_prefix(&source).ok()).collect();
     below.retain(|path| !path.as_os_str().is_empty());
     // Parents before what is below them.
     below.sort();
@@ -563,10 +555,10 @@ mod tests {
             let plan = bound(options).unwrap();
             (plan.binds[0].readonly, plan.binds[0].propagation)
         };
-        let (slave, private) = (Propagation::Slave, |recursive| Propagation::Private { recursive });
+        let (slave, private) = (Propagation::Slave, Propagation::Private);
         assert_eq!(of(&["rbind"]), (ReadOnly::No, slave));
-        assert_eq!(of(&["rbind", "rprivate", "ro"]), (ReadOnly::Top, private(true)));
-        assert_eq!(of(&["rbind", "rro", "ro", "private"]), (ReadOnly::All, private(false)));
+        assert_eq!(of(&["rbind", "rprivate", "ro"]), (ReadOnly::Top, private));
+        assert_eq!(of(&["rbind", "rro", "ro", "private"]), (ReadOnly::All, private));
         assert_eq!(of(&["rbind", "rprivate", "rslave"]), (ReadOnly::No, slave));
         for option in ["shared", "rshared"] {
             let error = bound(&["rbind", option]).unwrap_err().to_string();
@@ -576,9 +568,7 @@ mod tests {
 
     #[test]
     fn what_is_mounted_below_a_read_only_bind_is_mounted_by_itself() {
-        let line = |id: u32, point: &str| {
-            MountInfo::from_line(&format!("{id} 1 0:{id} / {point} rw,relatime - tmpfs t rw")).unwrap()
-        };
+        let line = |id: i32, point: &str| Entry { id, point: point.into() };
         let table = [line(2, "/usr"), line(3, "/usr/b/c"), line(4, "/usr/a"), line(5, "/usr/b"), line(6, "/usrlocal")];
         let mounts = |options: &[&str]| {
             let mut plan = bound(options).unwrap();

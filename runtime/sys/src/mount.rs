@@ -109,6 +109,16 @@ pub fn is_mount_root(place: BorrowedFd<'_>) -> io::Result<bool> {
     Ok(found.stx_attributes.contains(StatxAttributes::MOUNT_ROOT))
 }
 
+/// The id of the mount that an open file or directory is on: proc_pid_mountinfo(5), field 1.
+pub fn mount_id(place: BorrowedFd<'_>) -> io::Result<u64> {
+    Ok(statx(place, c"", AtFlags::EMPTY_PATH, StatxFlags::MNT_ID)?.stx_mnt_id)
+}
+
+/// Unmounts the mount whose root is open, which goes as soon as nobody uses it any more. EINVAL where it is mounted nowhere.
+pub fn detach(root: BorrowedFd<'_>) -> io::Result<()> {
+    Ok(umount2(&path_of(root), MntFlags::MNT_DETACH)?)
+}
+
 /// Unmounts what is mounted at `name` in `dir`, the topmost mount, which goes as soon as nobody uses it any more. False where
 /// nothing is mounted there. The mounted file system is not asked.
 pub fn detach_below(dir: BorrowedFd<'_>, name: &Path) -> io::Result<bool> {
