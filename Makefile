@@ -36,7 +36,8 @@ release: payload ## The same with the container's guest bundle in the shim and v
 run: setup build bundle ## From nothing to a container in a microVM: installs, builds, starts the devbox, runs one
 	@mk/run
 
-test: setup lint test-unit build bundle check-kernel test-integration ## Lint, unit tests and the whole integration suite
+test: setup lint test-unit build bundle check-kernel test-integration ## Lint, unit tests and the whole integration suite; ends with what was skipped
+	@$(tally)
 
 lint: ## Check formatting, clippy, shell scripts and dependencies' licences
 	@mk/lint

@@ -2,14 +2,25 @@
 
 SUITE_FILTER ?=
 
-.PHONY: fuzz hostile developer soak test-unit test-integration test-release test-reproducible test-runc test-kvm test-kvm-core
+# Groups of the suite in which a guest is hostile.
+BOUNDARY := endings:: escape:: hostile:: metal::
 
-test-unit: ## Unit tests of all crates
-	@$(CARGO) test --locked -q --workspace --exclude vz-suite
+suite := $(CARGO) test --locked -q -p vz-suite --test suite --
+tally := $(CARGO) run --locked -q -p vz-tally -- target/tally
+
+.PHONY: fuzz hostile developer soak test-unit test-integration test-boundary test-release test-reproducible test-runc test-kvm test-kvm-core
+
+# Each run's output is kept, for the sum that `make test` ends with.
+test-unit: ## Unit tests of all crates; fails on a skipped test that integration/tally/skips does not have
+	@rm -rf target/tally
+	@rc=0; mk/tallied unit $(CARGO) test --locked -q --workspace --exclude vz-suite || rc=$$?; $(tally) unit && exit $$rc
 
 test-integration: build bundle hostile developer ## Integration tests: real containerd, real guests; needs root (SUITE_FILTER='events:: crash::' runs some)
-	@$(CARGO) test --locked -q -p vz-suite --lib
-	@$(CARGO) test --locked -q -p vz-suite --test suite -- $(SUITE_FILTER)
+	@mk/tallied suite-lib $(CARGO) test --locked -q -p vz-suite --lib
+	@mk/tallied suite $(suite) $(SUITE_FILTER)
+
+test-boundary: build bundle hostile ## What hostile guests do to the host: a table of scenes, what came of each, what it cost the host; part of test-integration
+	@$(suite) $(BOUNDARY)
 
 test-release: release ## That the release's programs alone are a whole installation: no guest bundle on the machine; needs root
 	@integration/one-file
@@ -18,7 +29,7 @@ test-reproducible: bundle ## That building the guest bundle again gives the same
 	@mk/bundle/reproduce '$(KERNEL_PROFILE)' '$(bundle_dir)'
 
 test-runc: ## The same tests against runc, which tells a wrong test from a wrong shim
-	@VZ_TEST_RUNTIME=io.containerd.runc.v2 $(CARGO) test --locked -q -p vz-suite --test suite -- $(SUITE_FILTER)
+	@VZ_TEST_RUNTIME=io.containerd.runc.v2 $(suite) $(SUITE_FILTER)
 
 test-kvm: build bundle hostile ## The same tests on the KVM machine, in a host VM whose KVM works (SUITE_FILTER as above; all: over an hour)
 	@integration/suite-kvm $(SUITE_FILTER)

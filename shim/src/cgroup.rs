@@ -275,7 +275,7 @@ mod tests {
     #[test]
     fn a_cgroup_is_made_limited_and_taken_away_with_what_is_in_it() {
         if !nix::unistd::geteuid().is_root() {
-            println!("skipped: not root");
+            vz_tally::skip!("not root");
             return;
         }
         let root = tempfile::tempdir().unwrap();
@@ -290,7 +290,7 @@ mod tests {
         }))
         .unwrap();
         let Some(cgroup) = Cgroup::make(&journal, &spec, "c1", 192, 100).unwrap() else {
-            println!("skipped: no cgroup controllers");
+            vz_tally::skip!("no cgroup controllers");
             return;
         };
         let paths = cgroup.paths();

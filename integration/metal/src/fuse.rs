@@ -28,6 +28,7 @@ pub mod op {
     pub const SETXATTR: u32 = 21;
     pub const GETXATTR: u32 = 22;
     pub const LISTXATTR: u32 = 23;
+    pub const REMOVEXATTR: u32 = 24;
     pub const FLUSH: u32 = 25;
     pub const INIT: u32 = 26;
     pub const OPENDIR: u32 = 27;
@@ -40,6 +41,7 @@ pub mod op {
     pub const RENAME2: u32 = 45;
     pub const LSEEK: u32 = 46;
     pub const COPY_FILE_RANGE: u32 = 47;
+    pub const TMPFILE: u32 = 51;
 }
 
 /// The share's root.
@@ -49,6 +51,20 @@ pub const HEADER: u32 = 40;
 pub const REPLY_HEADER: u32 = 16;
 /// Bytes of the buffer for a request, and of that for its reply.
 pub const BUFFER: u32 = 0x2_0000;
+
+/// Where an entry of a reply has its mode: 40 bytes before the attributes, 60 bytes in them.
+const ENTRY_MODE: u64 = 100;
+/// How often the host is asked for a container's directory, which it makes while the guest boots.
+const TRIES: u32 = 100_000;
+
+/// A container's own directories.
+#[derive(Clone, Copy)]
+pub struct Home {
+    /// The directory with the container's name, in which its mounts are.
+    pub dir: u64,
+    /// Its root file system.
+    pub rootfs: u64,
+}
 
 /// What came of a request.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -146,6 +162,32 @@ impl Fuse {
                 error => Answer::Refused(-error),
             },
         }
+    }
+
+    /// The inode of a name, if there is one.
+    pub fn lookup(&mut self, dir: u64, name: &str) -> Option<u64> {
+        let answer = self.call(op::LOOKUP, dir, &[name.as_bytes(), &[0]]);
+        // An entry without an inode says that there is none.
+        matches!(answer, Answer::Done(_)).then(|| self.field(0)).filter(|inode| *inode != 0)
+    }
+
+    /// The type and permissions in the entry that came last.
+    pub fn entry_mode(&self) -> u32 {
+        peek(self.reply + u64::from(REPLY_HEADER) + ENTRY_MODE)
+    }
+
+    /// Waits for a container's directories, until the image's files are in its root.
+    pub fn home(&mut self, container: &str) -> Option<Home> {
+        for _ in 0..TRIES {
+            if let Some(dir) = self.lookup(ROOT, container)
+                && let Some(rootfs) = self.lookup(dir, "rootfs")
+                && self.lookup(rootfs, "bin").is_some()
+            {
+                return Some(Home { dir, rootfs });
+            }
+        }
+        say!("WRONG: no root file system of {container:?}");
+        None
     }
 
     /// A field of the last reply.

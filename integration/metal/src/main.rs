@@ -2,7 +2,9 @@
 //! command line:
 //!
 //! - `vz.metal=NAME` one of the functions in [`SCENES`]
+//! - `vz.own=ID` the container that the VM is for
 //! - `vz.victim=ID` another sandbox
+//! - `vz.planted=PATH` a directory of the host that is none of the guest's
 //! - `vz.device=NUMBER` the one kind of devices, by virtio's number, that the scene is about
 //!
 //! What it found is on its console, a line each: `refused WHAT ERROR`, `dropped WHAT` for what came back without an answer, `fine WHAT`,
@@ -23,19 +25,25 @@ use machine::say;
 
 type Scene = fn(&Guest<'_>);
 
-const SCENES: [(&str, Scene); 6] = [
+const SCENES: [(&str, Scene); 10] = [
     ("names", scenes::names::play),
     ("lies", scenes::lies::play),
     ("chains", scenes::chains::play),
     ("places", scenes::places::play),
     ("registers", scenes::registers::play),
     ("endless", scenes::endless::play),
+    ("share", scenes::shares::play),
+    ("swap", scenes::shares::swap),
+    ("swap-below", scenes::shares::swap_below),
+    ("nodes", scenes::shares::nodes),
 ];
 
 /// What the scenes know.
 struct Guest<'c> {
     devices: [Option<virtio::Device>; virtio::MOST],
+    own: &'c str,
     victim: &'c str,
+    planted: &'c str,
     only: Option<u32>,
 }
 
@@ -55,7 +63,9 @@ fn play(command_line: &str) {
     let value = |key: &str| command_line.split_whitespace().find_map(|word| word.strip_prefix(key)).unwrap_or_default();
     let guest = Guest {
         devices: virtio::devices(command_line),
+        own: value("vz.own="),
         victim: value("vz.victim="),
+        planted: value("vz.planted="),
         only: value("vz.device=").parse().ok(),
     };
     for device in guest.devices() {

@@ -129,7 +129,12 @@ impl<'l> Task<'l> {
     /// The same, without waiting for it to run.
     #[track_caller]
     pub fn begin(lab: &'l Lab, what: &str, flags: &[&str], image: &str, args: &[&str]) -> Self {
-        let id = lab.id(what);
+        Self::begin_as(lab, lab.id(what), flags, image, args)
+    }
+
+    /// The same, under an id that the test has taken from [`Lab::id`].
+    #[track_caller]
+    pub fn begin_as(lab: &'l Lab, id: String, flags: &[&str], image: &str, args: &[&str]) -> Self {
         let client = lab.ctr_run(flags).args([image, &id]).args(args).start();
         Self { lab, id, client: RefCell::new(Some(client)) }
     }

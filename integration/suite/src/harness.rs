@@ -8,7 +8,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::{Lab, lab, leaks};
+use vz_tally::{Host, List, Skipped};
+
+use crate::{
+    Lab, lab, leaks,
+    outside::{self, Outside},
+    table::{self, Notes, Row},
+};
 
 /// Why a test cannot run here.
 #[derive(Debug)]
@@ -29,9 +35,17 @@ pub struct Test {
 }
 
 impl Test {
+    fn group(&self) -> &'static str {
+        self.module.rsplit("::").next().unwrap_or_default()
+    }
+
     fn full_name(&self) -> String {
-        let module = self.module.rsplit("::").next().unwrap_or_default();
-        format!("{module}::{}", self.name)
+        format!("{}::{}", self.group(), self.name)
+    }
+
+    /// Whether its guest is hostile, so that the whole host is looked at.
+    fn is_scene(&self) -> bool {
+        outside::BOUNDARY.contains(&self.group())
     }
 }
 
@@ -93,21 +107,24 @@ pub fn main(groups: &[&[Test]]) -> ExitCode {
     }
     let begun = Instant::now();
     println!("\nrunning {} tests", chosen.len());
-    let mut results = Results { filtered: all.len() - chosen.len(), ..Default::default() };
+    let mut results =
+        Results { filtered: all.len() - chosen.len(), list: List::known(), host: Host::look(), ..Default::default() };
     if !chosen.is_empty() {
         match Lab::set_up() {
             Ok(lab) => {
+                results.host.add(if lab.chosen_machine() == "kvm" { "on-kvm" } else { "on-qemu" });
                 run_all(&lab, &chosen, &mut results);
+                results.print_table(lab.chosen_machine());
                 lab.take_down();
             }
             Err(lab::Unfit::Skip(reason)) => {
                 for test in &chosen {
-                    results.add(&test.full_name(), Outcome::Skipped(reason.clone()), Duration::ZERO);
+                    results.add(test, Outcome::Skipped(reason.clone()), Duration::ZERO, Notes::default());
                 }
             }
             Err(lab::Unfit::Broken(reason)) => {
                 eprintln!("error: {reason}");
-                results.add("set up the devbox", Outcome::Failed(vec![reason]), begun.elapsed());
+                results.failed.insert("set up the devbox".into(), vec![reason]);
             }
         }
     }
@@ -120,17 +137,51 @@ enum Outcome {
     Failed(Vec<String>),
 }
 
+impl Outcome {
+    /// A skip is a failure where the list of those that may be does not have it.
+    fn judged(self, test: &Test, list: &List, host: &Host) -> Self {
+        let Self::Skipped(reason) = self else { return self };
+        let skipped = Skipped { test: format!("suite::{}", test.full_name()), reason };
+        if list.allows(&skipped, host) {
+            Self::Skipped(skipped.reason)
+        } else {
+            Self::Failed(vec![format!(
+                "skipped, which integration/tally/skips does not allow here: {}",
+                skipped.reason
+            )])
+        }
+    }
+
+    /// A word for the table of scenes, or why there was none.
+    fn word(&self) -> String {
+        match self {
+            Self::Passed => "ok".into(),
+            Self::Skipped(reason) => format!("skipped: {reason}"),
+            Self::Failed(_) => "FAILED".into(),
+        }
+    }
+}
+
 #[derive(Default)]
 struct Results {
     passed: usize,
     skipped: usize,
     filtered: usize,
     failed: BTreeMap<String, Vec<String>>,
+    scenes: Vec<Row>,
+    /// How many files were looked at after the last scene.
+    files: usize,
+    list: List,
+    host: Host,
 }
 
 impl Results {
-    fn add(&mut self, name: &str, outcome: Outcome, took: Duration) {
-        let took = took.as_secs_f64();
+    fn add(&mut self, test: &Test, outcome: Outcome, took: Duration, notes: Notes) {
+        let (name, took) = (test.full_name(), took.as_secs_f64());
+        let outcome = outcome.judged(test, &self.list, &self.host);
+        if test.is_scene() {
+            self.scenes.push(Row { scene: name.clone(), outcome: outcome.word(), notes });
+        }
         match outcome {
             Outcome::Passed => {
                 println!("test {name} ... ok ({took:.1} s)");
@@ -145,8 +196,14 @@ impl Results {
                 for reason in &reasons {
                     println!("    {}", reason.replace('\n', "\n    "));
                 }
-                self.failed.insert(name.to_owned(), reasons);
+                self.failed.insert(name, reasons);
             }
+        }
+    }
+
+    fn print_table(&self, machine: &str) {
+        if !self.scenes.is_empty() {
+            print!("{}", table::text(&self.scenes, machine, self.files));
         }
     }
 
@@ -181,17 +238,23 @@ fn run_all(lab: &Lab, tests: &[Test], results: &mut Results) {
     // How the host looks after a test is how it looks before the next one; where something was left, it is looked at again.
     let mut known = None;
     for test in tests {
-        let name = test.full_name();
         let begun = Instant::now();
         let before = known.take().unwrap_or_else(|| leaks::Snapshot::take(lab));
-        let (outcome, after) = run(lab, test, &before);
+        let outside = test.is_scene().then(|| Outside::look(lab, &before));
+        let (outcome, after) = run(lab, test, &before, outside.as_ref());
         known = after;
-        results.add(&name, outcome, begun.elapsed());
+        results.files = outside.map_or(results.files, |outside| outside.files());
+        results.add(test, outcome, begun.elapsed(), lab.take_notes());
     }
     drop(panic::take_hook());
 }
 
-fn run(lab: &Lab, test: &Test, before: &leaks::Snapshot) -> (Outcome, Option<leaks::Snapshot>) {
+fn run(
+    lab: &Lab,
+    test: &Test,
+    before: &leaks::Snapshot,
+    outside: Option<&Outside>,
+) -> (Outcome, Option<leaks::Snapshot>) {
     let mark = lab.log_position();
     let result = panic::catch_unwind(AssertUnwindSafe(|| (test.run)(lab)));
     let mut reasons = Vec::new();
@@ -211,6 +274,11 @@ fn run(lab: &Lab, test: &Test, before: &leaks::Snapshot) -> (Outcome, Option<lea
         let list: Vec<_> = left.iter().map(|item| format!("\n  {item}")).collect();
         reasons.push(format!("leaked:{}", list.concat()));
         leaks::kill(&left);
+    }
+    let changes = outside.map(|outside| outside.changes(&Outside::look(lab, &after))).unwrap_or_default();
+    if !changes.is_empty() {
+        reasons.push(format!("outside of the sandbox:\n  {}", changes.join("\n  ")));
+        lab.plant().expect("put back what was planted");
     }
     let outcome = match result {
         _ if !reasons.is_empty() => {

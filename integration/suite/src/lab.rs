@@ -8,15 +8,20 @@ use std::{
     os::unix::fs::symlink,
     path::{Path, PathBuf},
     process::{Command, Stdio},
-    sync::atomic::{AtomicU32, Ordering},
+    sync::{
+        Mutex, OnceLock, PoisonError,
+        atomic::{AtomicU32, Ordering},
+    },
     time::Duration,
 };
 
 use crate::{
     Skip, Verdict,
     command::Program,
-    host, leaks,
+    host, leaks, outside,
     poll::{patience, until},
+    table::Notes,
+    watch::Growth,
 };
 
 /// The small image.
@@ -53,6 +58,9 @@ pub struct Lab {
     soak: bool,
     take_down: bool,
     next: AtomicU32,
+    planted: PathBuf,
+    notes: Mutex<Notes>,
+    chosen: OnceLock<String>,
 }
 
 fn variable(name: &str) -> Option<String> {
@@ -96,16 +104,20 @@ impl Lab {
                 ("VZ_LINUX_DIR".into(), files.join("linux").display().to_string()),
             ],
             runtime,
-            files,
             bundle,
             shim,
             soak: variable("VZ_TEST_SOAK").is_some_and(|v| v != "0"),
             take_down: false,
             next: AtomicU32::new(1),
+            planted: files.join("planted"),
+            notes: Mutex::default(),
+            chosen: OnceLock::new(),
+            files,
             devbox,
         };
         lab.write_config("");
         lab.link_bundle(&lab.bundle);
+        lab.plant().map_err(|e| broken(format!("fill {}: {e}", lab.planted.display())))?;
         let was_up = lab.devbox_command("status").stdout(Stdio::null()).stderr(Stdio::null()).status();
         let was_up = was_up.map_err(|e| broken(format!("run integration/devbox: {e}")))?.success();
         let keep = variable("VZ_TEST_KEEP").is_some_and(|v| v != "0");
@@ -186,6 +198,18 @@ impl Lab {
         variable("VZ_TEST_MACHINE").unwrap_or_else(|| "auto".into())
     }
 
+    /// The machine that containers run on, as `vz check` says: `kvm` or `qemu`; empty with another runtime.
+    pub fn chosen_machine(&self) -> &str {
+        self.chosen.get_or_init(|| {
+            if !self.is_vz() {
+                return String::new();
+            }
+            let said = self.vz(&["check", "--json"]).run().text();
+            let report: serde_json::Value = serde_json::from_str(&said).unwrap_or_default();
+            report["machine"]["chosen"].as_str().unwrap_or_default().to_owned()
+        })
+    }
+
     /// `soak` repetitions with `VZ_TEST_SOAK=1`, else `quick` ones.
     pub fn times(&self, quick: usize, soak: usize) -> usize {
         if self.soak { soak } else { quick }
@@ -220,6 +244,40 @@ impl Lab {
     #[track_caller]
     pub fn dir(&self) -> tempfile::TempDir {
         tempfile::tempdir_in(&self.files).expect("make a temporary directory")
+    }
+
+    // ---- what a scene does to the host ----
+
+    /// A directory of the host that is no sandbox's: a hostile guest may try what it likes with it, to no avail. What is in it is
+    /// looked at after each scene.
+    pub fn planted(&self) -> &Path {
+        &self.planted
+    }
+
+    /// Fills it, whatever was in it.
+    pub fn plant(&self) -> std::io::Result<()> {
+        outside::plant(&self.planted)
+    }
+
+    /// Tells the suite's table what the test looks at on the host, beside what is looked at after every test.
+    pub fn looked_at(&self, what: &'static str) {
+        self.note(|notes| {
+            notes.looked_at.insert(what);
+        });
+    }
+
+    /// Tells it by how much a sandbox has grown.
+    pub fn grew(&self, growth: Growth) {
+        self.note(|notes| notes.growth = Some(notes.growth.unwrap_or_default().most(growth)));
+    }
+
+    fn note(&self, note: impl FnOnce(&mut Notes)) {
+        note(&mut self.notes.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+
+    /// What the last test has told.
+    pub(crate) fn take_notes(&self) -> Notes {
+        std::mem::take(&mut self.notes.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     // ---- its clients ----

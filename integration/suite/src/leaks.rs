@@ -101,6 +101,11 @@ impl Snapshot {
         Self::take(lab).beyond(self)
     }
 
+    /// Everything that is there.
+    pub fn iter(&self) -> impl Iterator<Item = &Item> {
+        self.0.iter()
+    }
+
     fn beyond(&self, before: &Self) -> Vec<Item> {
         self.0.difference(&before.0).cloned().collect()
     }

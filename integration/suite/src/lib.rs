@@ -22,8 +22,11 @@ pub mod host;
 pub mod inject;
 pub mod lab;
 pub mod leaks;
+pub mod outside;
 pub mod poll;
 pub mod pty;
+pub mod table;
+pub mod watch;
 
 pub use harness::{Skip, Test, Verdict};
 pub use lab::Lab;

@@ -233,7 +233,10 @@ fn twenty(start: impl Fn() -> Child) {
 
 fn the_embedded_bundle_is_installed_by_many_processes() {
     let Some(embedded) = vz_linux::embedded(CONTAINER) else {
-        println!("  skipped: no bundle is in this program: run `make check-payload`");
+        vz_tally::skip!(
+            test: "ensure::the_embedded_bundle_is_installed_by_many_processes",
+            "no bundle is in this program: run `make check-payload`"
+        );
         return;
     };
     let all = tempfile::tempdir().unwrap();
@@ -302,7 +305,10 @@ fn what_a_program_installed_is_replaced_by_its_next_version() {
 
 fn a_full_disk_and_a_read_only_home_are_named() {
     if !nix::unistd::geteuid().is_root() {
-        println!("  skipped: mounting a small tmpfs needs root");
+        vz_tally::skip!(
+            test: "ensure::a_full_disk_and_a_read_only_home_are_named",
+            "mounting a small tmpfs needs root"
+        );
         return;
     }
     for how in ["full", "read-only"] {

@@ -400,7 +400,7 @@ mod tests {
         static PROBES: AtomicU32 = AtomicU32::new(0);
         // Whatever this is, it is open and no KVM is asked anything of it.
         let Ok(_) = Kvm::open() else {
-            println!("skipped: no usable /dev/kvm");
+            vz_tally::skip!("no usable /dev/kvm");
             return;
         };
         let dir = tempfile::tempdir().unwrap();

@@ -20,7 +20,7 @@ use vz_net::{
 fn unfit() -> bool {
     let unfit = !nix::unistd::geteuid().is_root() || !Path::new("/dev/net/tun").exists();
     if unfit {
-        println!("skipped: needs root and /dev/net/tun");
+        vz_tally::skip!("needs root and /dev/net/tun");
     }
     unfit
 }

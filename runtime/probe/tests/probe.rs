@@ -11,7 +11,7 @@ fn main() {
     let kvm = match Kvm::open() {
         Ok(kvm) => kvm,
         Err(why) => {
-            println!("skipped: {why}");
+            vz_tally::skip!(test: "probe", "{why}");
             return;
         }
     };

@@ -489,7 +489,7 @@ mod tests {
     #[test]
     fn a_program_in_a_user_namespace_of_its_own_is_who_it_was() {
         if !nix::unistd::geteuid().is_root() {
-            println!("skipped: not root");
+            vz_tally::skip!("not root");
             return;
         }
         let (from, to) = pipe2(OFlag::O_CLOEXEC).unwrap();

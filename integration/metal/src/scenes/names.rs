@@ -1,5 +1,6 @@
 //! Names that lead elsewhere, inodes and handles that were never given out. All of it is refused, and what an honest guest may do still works.
 
+use super::{must_do, must_refuse, refuse};
 use crate::{
     Guest,
     fuse::{Answer, Fuse, HEADER, ROOT, op},
@@ -20,32 +21,6 @@ const READ_WRITE: u32 = 2;
 const MAKE: u32 = 0o100;
 /// Bytes that prove that a file is the one.
 const TEXT: &[u8; 16] = b"metal was here.\n";
-
-/// What is said of a request that has to be refused.
-fn must_refuse(answer: Answer, what: core::fmt::Arguments<'_>) {
-    match answer {
-        Answer::Refused(error) => say!("refused {what} {error}"),
-        Answer::Dropped => say!("dropped {what}"),
-        Answer::Done(_) => say!("WRONG: done: {what}"),
-        Answer::Silence => say!("WRONG: silence: {what}"),
-    }
-}
-
-/// And of one that has to be done.
-fn must_do(answer: Answer, what: &str) -> bool {
-    let done = matches!(answer, Answer::Done(_));
-    match answer {
-        Answer::Done(_) => say!("fine {what}"),
-        Answer::Refused(error) => say!("WRONG: refused: {what} {error}"),
-        Answer::Dropped => say!("WRONG: dropped: {what}"),
-        Answer::Silence => say!("WRONG: silence: {what}"),
-    }
-    done
-}
-
-macro_rules! refuse {
-    ($answer:expr, $($arg:tt)*) => { must_refuse($answer, format_args!($($arg)*)) };
-}
 
 /// A name, put together.
 struct Name([u8; NAME], usize);
@@ -69,7 +44,9 @@ pub fn play(guest: &Guest<'_>) {
     let Some(mut fuse) = guest.device(FS).and_then(|device| Fuse::start(device, 0, MEMORY)) else {
         return say!("WRONG: no share");
     };
-    let Some((file, handle)) = honest(&mut fuse) else { return };
+    let Some(home) = fuse.home(guest.own) else { return };
+    let dir = home.rootfs;
+    let Some((file, handle)) = honest(&mut fuse, dir) else { return };
     let up = Name::of(&["../../", guest.victim, "/share/planted"]);
     let log = Name::of(&["../../", guest.victim, "/console.log"]);
     for name in [
@@ -88,16 +65,16 @@ pub fn play(guest: &Guest<'_>) {
         "./..",
         "a/../../planted",
     ] {
-        named(&mut fuse, name, file);
+        named(&mut fuse, dir, name, file);
     }
-    named(&mut fuse, up.text(), file);
-    named(&mut fuse, log.text(), file);
+    named(&mut fuse, dir, up.text(), file);
+    named(&mut fuse, dir, log.text(), file);
     dots(&mut fuse);
-    unended(&mut fuse);
-    devices(&mut fuse);
-    links(&mut fuse);
-    inodes(&mut fuse, file);
-    handles(&mut fuse, file, handle);
+    unended(&mut fuse, dir);
+    devices(&mut fuse, dir);
+    links(&mut fuse, dir);
+    inodes(&mut fuse, dir, file);
+    handles(&mut fuse, dir, file, handle);
     let begun = fuse.call(op::READ, file, &[&read(handle, 0, 16)]);
     if must_do(begun, "the file once more") && (fuse.field(0), fuse.field(8)) != halves() {
         say!("WRONG: the file is another");
@@ -110,17 +87,17 @@ fn halves() -> (u64, u64) {
 }
 
 /// Makes a file, by which everything else is measured; its inode and a handle for it.
-fn honest(fuse: &mut Fuse) -> Option<(u64, u64)> {
+fn honest(fuse: &mut Fuse, dir: u64) -> Option<(u64, u64)> {
     let make = [READ_WRITE | MAKE, REGULAR, 0, 0].map(u32::to_le_bytes);
-    if !must_do(fuse.call(op::CREATE, ROOT, &[make.as_flattened(), b"metal\0"]), "create") {
+    if !must_do(fuse.call(op::CREATE, dir, &[make.as_flattened(), b"metal\0"]), "create") {
         return None;
     }
     // The entry has 128 bytes: inode first; then comes what OPEN says, the handle first.
     let (file, handle) = (fuse.field(0), fuse.field(128));
     must_do(fuse.call(op::WRITE, file, &[&read(handle, 0, 16), TEXT]), "write");
     must_do(fuse.call(op::READ, file, &[&read(handle, 0, 16)]), "read");
-    must_do(fuse.call(op::LOOKUP, ROOT, &[b"metal\0"]), "lookup");
-    must_do(fuse.call(op::MKDIR, ROOT, &[[0o777u32, 0].map(u32::to_le_bytes).as_flattened(), b"directory\0"]), "mkdir");
+    must_do(fuse.call(op::LOOKUP, dir, &[b"metal\0"]), "lookup");
+    must_do(fuse.call(op::MKDIR, dir, &[[0o777u32, 0].map(u32::to_le_bytes).as_flattened(), b"directory\0"]), "mkdir");
     Some((file, handle))
 }
 
@@ -134,39 +111,39 @@ fn read(handle: u64, offset: u64, size: u32) -> [u8; 40] {
 }
 
 /// Everything that takes a name, with this one.
-fn named(fuse: &mut Fuse, name: &str, file: u64) {
+fn named(fuse: &mut Fuse, dir: u64, name: &str, file: u64) {
     let bytes = name.as_bytes();
     let end = [0u8];
     // Those two stay inside; see `dots`.
     if name != "." && name != ".." {
-        refuse!(fuse.call(op::LOOKUP, ROOT, &[bytes, &end]), "lookup {name:?}");
+        refuse!(fuse.call(op::LOOKUP, dir, &[bytes, &end]), "lookup {name:?}");
     }
     for (kind, mode) in [("fifo", FIFO), ("block", BLOCK), ("character", CHARACTER), ("regular", REGULAR)] {
         let body = [mode, 0x0800, 0, 0].map(u32::to_le_bytes);
-        refuse!(fuse.call(op::MKNOD, ROOT, &[body.as_flattened(), bytes, &end]), "mknod {kind} {name:?}");
+        refuse!(fuse.call(op::MKNOD, dir, &[body.as_flattened(), bytes, &end]), "mknod {kind} {name:?}");
     }
     let mode = [DIRECTORY, 0].map(u32::to_le_bytes);
-    refuse!(fuse.call(op::MKDIR, ROOT, &[mode.as_flattened(), bytes, &end]), "mkdir {name:?}");
+    refuse!(fuse.call(op::MKDIR, dir, &[mode.as_flattened(), bytes, &end]), "mkdir {name:?}");
     for flags in [READ_WRITE | MAKE, READ_WRITE] {
         let body = [flags, REGULAR, 0, 0].map(u32::to_le_bytes);
-        refuse!(fuse.call(op::CREATE, ROOT, &[body.as_flattened(), bytes, &end]), "create {flags:o} {name:?}");
+        refuse!(fuse.call(op::CREATE, dir, &[body.as_flattened(), bytes, &end]), "create {flags:o} {name:?}");
     }
-    refuse!(fuse.call(op::SYMLINK, ROOT, &[bytes, &end, b"/etc/passwd\0"]), "symlink {name:?}");
-    refuse!(fuse.call(op::LINK, ROOT, &[&file.to_le_bytes(), bytes, &end]), "link {name:?}");
-    refuse!(fuse.call(op::UNLINK, ROOT, &[bytes, &end]), "unlink {name:?}");
-    refuse!(fuse.call(op::RMDIR, ROOT, &[bytes, &end]), "rmdir {name:?}");
-    let root = ROOT.to_le_bytes();
-    refuse!(fuse.call(op::RENAME, ROOT, &[&root, b"metal\0", bytes, &end]), "rename to {name:?}");
-    refuse!(fuse.call(op::RENAME, ROOT, &[&root, bytes, &end, b"stolen\0"]), "rename from {name:?}");
+    refuse!(fuse.call(op::SYMLINK, dir, &[bytes, &end, b"/etc/passwd\0"]), "symlink {name:?}");
+    refuse!(fuse.call(op::LINK, dir, &[&file.to_le_bytes(), bytes, &end]), "link {name:?}");
+    refuse!(fuse.call(op::UNLINK, dir, &[bytes, &end]), "unlink {name:?}");
+    refuse!(fuse.call(op::RMDIR, dir, &[bytes, &end]), "rmdir {name:?}");
+    let here = dir.to_le_bytes();
+    refuse!(fuse.call(op::RENAME, dir, &[&here, b"metal\0", bytes, &end]), "rename to {name:?}");
+    refuse!(fuse.call(op::RENAME, dir, &[&here, bytes, &end, b"stolen\0"]), "rename from {name:?}");
     // Exchanged, replacing nothing, leaving a whiteout.
     for flags in [0u64, 1, 2, 4] {
-        let body = [ROOT, flags].map(u64::to_le_bytes);
+        let body = [dir, flags].map(u64::to_le_bytes);
         refuse!(
-            fuse.call(op::RENAME2, ROOT, &[body.as_flattened(), b"metal\0", bytes, &end]),
+            fuse.call(op::RENAME2, dir, &[body.as_flattened(), b"metal\0", bytes, &end]),
             "rename {flags} to {name:?}"
         );
         refuse!(
-            fuse.call(op::RENAME2, ROOT, &[body.as_flattened(), bytes, &end, b"stolen\0"]),
+            fuse.call(op::RENAME2, dir, &[body.as_flattened(), bytes, &end, b"stolen\0"]),
             "rename {flags} from {name:?}"
         );
     }
@@ -191,40 +168,40 @@ fn dots(fuse: &mut Fuse) {
 }
 
 /// Names without an end, with several, and of 64 KiB.
-fn unended(fuse: &mut Fuse) {
-    refuse!(fuse.call(op::LOOKUP, ROOT, &[b"metal"]), "lookup of a name without an end");
-    refuse!(fuse.call(op::LOOKUP, ROOT, &[]), "lookup of nothing");
-    refuse!(fuse.call(op::LOOKUP, ROOT, &[b"metal\0/../x\0"]), "lookup of two names");
-    refuse!(fuse.call(op::UNLINK, ROOT, &[b"metal"]), "unlink of a name without an end");
-    refuse!(fuse.call(op::UNLINK, ROOT, &[b"metal\0..\0"]), "unlink of two names");
-    refuse!(fuse.call(op::SYMLINK, ROOT, &[b"lonely\0"]), "symlink without a target");
-    refuse!(fuse.call(op::SYMLINK, ROOT, &[b"lonely\0to"]), "symlink to a target without an end");
-    refuse!(fuse.call(op::RENAME, ROOT, &[&ROOT.to_le_bytes(), b"metal\0"]), "rename to nothing");
-    refuse!(fuse.call(op::RENAME, ROOT, &[&ROOT.to_le_bytes(), b"metal"]), "rename without an end");
-    let long = fuse.prepare(op::LOOKUP, ROOT, &[&[b'x'; 1024]]);
+fn unended(fuse: &mut Fuse, dir: u64) {
+    refuse!(fuse.call(op::LOOKUP, dir, &[b"metal"]), "lookup of a name without an end");
+    refuse!(fuse.call(op::LOOKUP, dir, &[]), "lookup of nothing");
+    refuse!(fuse.call(op::LOOKUP, dir, &[b"metal\0/../x\0"]), "lookup of two names");
+    refuse!(fuse.call(op::UNLINK, dir, &[b"metal"]), "unlink of a name without an end");
+    refuse!(fuse.call(op::UNLINK, dir, &[b"metal\0..\0"]), "unlink of two names");
+    refuse!(fuse.call(op::SYMLINK, dir, &[b"lonely\0"]), "symlink without a target");
+    refuse!(fuse.call(op::SYMLINK, dir, &[b"lonely\0to"]), "symlink to a target without an end");
+    refuse!(fuse.call(op::RENAME, dir, &[&dir.to_le_bytes(), b"metal\0"]), "rename to nothing");
+    refuse!(fuse.call(op::RENAME, dir, &[&dir.to_le_bytes(), b"metal"]), "rename without an end");
+    let long = fuse.prepare(op::LOOKUP, dir, &[&[b'x'; 1024]]);
     for at in long..HEADER + 0x1_0000 {
         poke(fuse.request + u64::from(at), b'x');
     }
     poke(fuse.request + u64::from(HEADER + 0x1_0000), 0u8);
     let length = HEADER + 0x1_0001;
     for opcode in [op::LOOKUP, op::UNLINK, op::RMDIR] {
-        fuse.head(fuse.request, length, opcode, ROOT);
+        fuse.head(fuse.request, length, opcode, dir);
         refuse!(fuse.send(length, 4096), "name of 64 KiB by opcode {opcode}");
     }
 }
 
 /// Device files, for somebody on the host to open.
-fn devices(fuse: &mut Fuse) {
+fn devices(fuse: &mut Fuse, dir: u64) {
     for (kind, mode, numbers) in [("disk", BLOCK, 0x0800), ("mem", CHARACTER, 0x0101), ("kvm", CHARACTER, 0x0ae8)] {
         let body = [mode, numbers, 0, 0].map(u32::to_le_bytes);
-        refuse!(fuse.call(op::MKNOD, ROOT, &[body.as_flattened(), kind.as_bytes(), &[0]]), "device {kind}");
+        refuse!(fuse.call(op::MKNOD, dir, &[body.as_flattened(), kind.as_bytes(), &[0]]), "device {kind}");
     }
 }
 
 /// Links that lead out may be made: they are the guest's to follow. The host does not.
-fn links(fuse: &mut Fuse) {
+fn links(fuse: &mut Fuse, dir: u64) {
     for (name, target) in [("out\0", "/etc\0"), ("up\0", "../../../../../../etc\0"), ("fds\0", "/proc/self/fd\0")] {
-        if !must_do(fuse.call(op::SYMLINK, ROOT, &[name.as_bytes(), target.as_bytes()]), "symlink") {
+        if !must_do(fuse.call(op::SYMLINK, dir, &[name.as_bytes(), target.as_bytes()]), "symlink") {
             continue;
         }
         let link = fuse.field(0);
@@ -239,14 +216,14 @@ fn links(fuse: &mut Fuse) {
         refuse!(fuse.call(op::OPENDIR, link, &[&[0; 8]]), "open a link as a directory");
         let make = [READ_WRITE | MAKE, REGULAR, 0, 0].map(u32::to_le_bytes);
         refuse!(fuse.call(op::CREATE, link, &[make.as_flattened(), b"planted\0"]), "create behind a link");
-        refuse!(fuse.call(op::CREATE, ROOT, &[make.as_flattened(), name.as_bytes()]), "create a link");
+        refuse!(fuse.call(op::CREATE, dir, &[make.as_flattened(), name.as_bytes()]), "create a link");
         let mode = [DIRECTORY, 0].map(u32::to_le_bytes);
         refuse!(fuse.call(op::MKDIR, link, &[mode.as_flattened(), b"planted\0"]), "mkdir behind a link");
     }
 }
 
 /// Inodes that were never given out.
-fn inodes(fuse: &mut Fuse, file: u64) {
+fn inodes(fuse: &mut Fuse, dir: u64, file: u64) {
     for node in [0, file + 100, 0xdead_beef, 1 << 32, 1 << 63, u64::MAX, u64::MAX - 1] {
         refuse!(fuse.call(op::GETATTR, node, &[&[0; 16]]), "attributes of inode {node:#x}");
         refuse!(fuse.call(op::LOOKUP, node, &[b"metal\0"]), "lookup in inode {node:#x}");
@@ -257,13 +234,13 @@ fn inodes(fuse: &mut Fuse, file: u64) {
         refuse!(fuse.call(op::ACCESS, node, &[&[0; 8]]), "access to inode {node:#x}");
         refuse!(fuse.call(op::STATFS, node, &[]), "file system of inode {node:#x}");
         refuse!(fuse.call(op::UNLINK, node, &[b"metal\0"]), "unlink in inode {node:#x}");
-        refuse!(fuse.call(op::LINK, ROOT, &[&node.to_le_bytes(), b"stolen\0"]), "link inode {node:#x}");
+        refuse!(fuse.call(op::LINK, dir, &[&node.to_le_bytes(), b"stolen\0"]), "link inode {node:#x}");
         refuse!(
-            fuse.call(op::RENAME, ROOT, &[&node.to_le_bytes(), b"metal\0", b"stolen\0"]),
+            fuse.call(op::RENAME, dir, &[&node.to_le_bytes(), b"metal\0", b"stolen\0"]),
             "rename into inode {node:#x}"
         );
         refuse!(
-            fuse.call(op::RENAME, node, &[&ROOT.to_le_bytes(), b"metal\0", b"stolen\0"]),
+            fuse.call(op::RENAME, node, &[&dir.to_le_bytes(), b"metal\0", b"stolen\0"]),
             "rename out of inode {node:#x}"
         );
         refuse!(fuse.call(op::GETXATTR, node, &[&256u64.to_le_bytes(), b"user.x\0"]), "attribute of inode {node:#x}");
@@ -280,13 +257,13 @@ fn inodes(fuse: &mut Fuse, file: u64) {
 }
 
 /// Handles that were never given out, or for another inode.
-fn handles(fuse: &mut Fuse, file: u64, handle: u64) {
+fn handles(fuse: &mut Fuse, dir: u64, file: u64, handle: u64) {
     for (node, forged) in [
         (file, handle + 100),
         (file, handle.wrapping_sub(1)),
         (file, u64::MAX),
         (file, 1 << 63),
-        (ROOT, handle),
+        (dir, handle),
         (file + 100, handle),
         (0, handle),
         (u64::MAX, u64::MAX),

@@ -4,18 +4,28 @@
 //!
 //! What needs a hostile guest kernel, raw requests of its drivers, is in `metal`.
 
-use std::{collections::BTreeMap, fs, os::unix::fs::PermissionsExt, path::Path, time::Duration};
+use std::{
+    collections::BTreeMap,
+    fs,
+    os::unix::fs::{MetadataExt, PermissionsExt},
+    path::Path,
+    time::Duration,
+};
 
 use nix::{libc, sys::signal::Signal};
 use vz_suite::{
     Lab, Skip, Verdict,
+    command::Program,
     container::{Container, Task},
     host::{Role, await_process, find},
     inject::{Arg, Outcome, call, call_and_hold},
     lab::{BUSYBOX, DEBIAN},
     poll::until,
     tests,
+    watch::Watch,
 };
+// For the other modules with hostile guests.
+pub use vz_suite::watch::{private_kib, rss_kib};
 
 tests![
     the_vmm_is_confined,
@@ -28,6 +38,8 @@ tests![
     a_rename_race_does_not_lead_out_of_a_volume,
     guest_root_reaches_no_port_but_its_own,
     floods_do_not_grow_anything,
+    a_container_that_replaces_its_share_harms_no_directory_of_the_host,
+    a_device_node_of_an_image_is_opened_by_no_thread,
 ];
 
 /// The capabilities that serve files: CHOWN, DAC_OVERRIDE, FOWNER, FSETID, SETGID, SETUID, MKNOD, SETFCAP.
@@ -83,6 +95,13 @@ fn idle<'l>(lab: &'l Lab, what: &str) -> Task<'l> {
 fn ends(task: &Task<'_>) {
     task.kill("SIGKILL");
     task.wait().exits(137);
+}
+
+/// Another sandbox goes on.
+#[track_caller]
+fn lives(lab: &Lab, bystander: &Task<'_>) {
+    lab.looked_at("another sandbox");
+    assert_eq!(bystander.exec(&["echo", "alive"]).run().ok(), "alive");
 }
 
 fn the_vmm_is_confined(lab: &Lab) -> Verdict {
@@ -480,34 +499,9 @@ fn guest_root_reaches_no_port_but_its_own(lab: &Lab) -> Verdict {
     assert!(open.len() <= 2, "{open:?}");
     // The shim still has its own agent, and answers.
     assert_eq!(container.sh("echo alive"), "alive");
-    assert_eq!(bystander.exec(&["echo", "alive"]).run().ok(), "alive");
+    lives(lab, &bystander);
     ends(&bystander);
     Ok(())
-}
-
-pub fn rss_kib(pid: i32) -> u64 {
-    status(format!("/proc/{pid}"))["VmRSS"].trim_end_matches(" kB").parse().unwrap()
-}
-
-/// A mapping of as much is the guest's memory.
-const GUEST_MEMORY_KIB: u64 = 100 << 10;
-
-/// Memory of a process that is its own: of the guest's, which the vmm maps, as much is resident as the guest has touched.
-pub fn private_kib(pid: i32) -> u64 {
-    let maps = fs::read_to_string(format!("/proc/{pid}/smaps")).expect("read the mappings");
-    let (mut size, mut sum) = (0, 0);
-    for line in maps.lines() {
-        let number = |text: &str| text.trim().trim_end_matches(" kB").parse::<u64>().expect("a number");
-        if let Some(text) = line.strip_prefix("Size:") {
-            size = number(text);
-        } else if let Some(text) = line.strip_prefix("Anonymous:")
-            && size < GUEST_MEMORY_KIB
-        {
-            sum += number(text);
-        }
-    }
-    assert!(sum > 0, "{maps}");
-    sum
 }
 
 fn floods_do_not_grow_anything(lab: &Lab) -> Verdict {
@@ -516,8 +510,7 @@ fn floods_do_not_grow_anything(lab: &Lab) -> Verdict {
     let flags = [&MIGHTY[..], &[DEBIAN, "sleep", "1000"]].concat();
     let container = Container::start(lab, "flood", &flags);
     let id = container.inspect(".ID");
-    let (shim, vmm) = (await_process(&id, Role::Shim).pid, await_process(&id, Role::Vmm).pid);
-    let before = (rss_kib(shim), private_kib(vmm), lab.log_position());
+    let watch = Watch::start(lab, &id);
     // The kernel's log goes to the console; the agent's log port takes records; connections come and go.
     let flood = r#"
 import os, socket, time
@@ -539,23 +532,120 @@ while time.monotonic() < end:
 print("flooded", n > 10)
 "#;
     assert_eq!(container.exec(&["python3", "-c", flood]).deadline(120).run().ok(), "flooded True");
-    let after = (rss_kib(shim), private_kib(vmm), lab.log_position());
-    println!(
-        "  shim {} -> {} KiB, vmm {} -> {} KiB, log {} bytes",
-        before.0,
-        after.0,
-        before.1,
-        after.1,
-        after.2 - before.2
-    );
-    assert!(after.0 < before.0 + 16 * 1024, "the shim grew from {} to {} KiB", before.0, after.0);
-    assert!(after.1 < before.1 + 16 * 1024, "the vmm grew from {} to {} KiB", before.1, after.1);
-    assert!(after.2 - before.2 < 512 * 1024, "the log grew by {} bytes", after.2 - before.2);
+    watch.is_bounded();
     let console = format!("/run/vz/default/{id}/console.log");
     let size = fs::metadata(&console).map_or(0, |metadata| metadata.len());
     assert!(size <= 256 * 1024, "{console} has {size} bytes");
     assert_eq!(container.sh("echo alive"), "alive");
-    assert_eq!(bystander.exec(&["echo", "alive"]).run().ok(), "alive");
+    lives(lab, &bystander);
     ends(&bystander);
+    Ok(())
+}
+
+/// Replaces whatever is in the share's own directories by links to a directory of the host; prints what could be done.
+const REPLACE: &str = r#"
+cd /proc/1/root/run/vz/share || exit 3
+for name in *; do
+  mv "$name/rootfs" "$name/rootfs.away" && echo "moved $name/rootfs" && ln -s "$1" "$name/rootfs"
+  mkdir "$name/planted" && echo "made $name/planted"
+  touch "$name" && echo "touched $name"
+  chmod 777 "$name" && echo "changed $name"
+  # Last: with it gone, nothing else in it can be tried.
+  mv "$name" "$name.away" && echo "moved $name" && ln -s "$1" "$name"
+done
+mkdir planted && echo "made planted"
+ln -s "$1" trap && echo "linked trap"
+echo "over"
+"#;
+
+fn a_container_that_replaces_its_share_harms_no_directory_of_the_host(lab: &Lab) -> Verdict {
+    lab.vz_only()?;
+    let bystander = idle(lab, "bystander");
+    let capabilities = ["--pid", "host", "--cap-add", "SYS_ADMIN", "--cap-add", "SYS_PTRACE"];
+    let flags = [&capabilities[..], &[BUSYBOX, "sleep", "1000"]].concat();
+    let container = Container::start(lab, "replacing", &flags);
+    let watch = Watch::start(lab, &container.id);
+    let planted = lab.planted().display().to_string();
+    let said = container.exec(&["sh", "-c", REPLACE, "sh", &planted]).run();
+    watch.is_bounded();
+    // What the host does last with a share is what would harm it.
+    container.remove();
+    let (done, refusals) = (said.text(), said.errors());
+    for line in refusals.lines() {
+        assert!(["Read-only file system", "Operation not permitted"].iter().any(|why| line.contains(why)), "{line}");
+    }
+    assert_eq!(done.trim(), "over", "{refusals}");
+    lives(lab, &bystander);
+    ends(&bystander);
+    Ok(())
+}
+
+/// An image with nodes of devices that the host has, in `/nodes`; removed when dropped.
+pub struct Nodes<'l> {
+    lab: &'l Lab,
+    /// Its name.
+    pub image: String,
+    /// The host's loop device behind `/nodes/disk`, in which there is a secret.
+    device: String,
+    _dir: tempfile::TempDir,
+}
+
+/// What is on the loop device.
+pub const SECRET: &str = "what the host's disk has in it\n";
+
+impl<'l> Nodes<'l> {
+    /// Makes it with runc: nothing that runs in a guest can make a node on the host.
+    pub fn make(lab: &'l Lab) -> Result<Self, Skip> {
+        let dir = lab.dir();
+        let disk = dir.path().join("disk");
+        fs::write(&disk, SECRET.repeat(4096)).expect("write a disk");
+        let looped = Program::new("losetup").args(["--find", "--show"]).args([&disk]).run();
+        if looped.code() != 0 {
+            return Err(Skip(format!("no loop device: {}", looped.errors())));
+        }
+        let device = looped.text().trim().to_owned();
+        let number = fs::metadata(&device).expect("look at the loop device").rdev();
+        let name = lab.id("nodes");
+        let nodes = Self { lab, image: format!("vz.test/{name}:1"), device, _dir: dir };
+        let script = format!(
+            "mkdir /nodes && mknod -m 666 /nodes/disk b {} {} && mknod -m 666 /nodes/random c 1 8 && \
+             mknod -m 666 /nodes/zero c 1 5",
+            libc::major(number),
+            libc::minor(number)
+        );
+        let flags = ["--runtime", "io.containerd.runc.v2", "--net", "none", "--cap-add", "MKNOD", "--name", &name];
+        lab.nerdctl(&["run"]).args(flags).args([BUSYBOX, "sh", "-c", &script]).run().ok();
+        lab.nerdctl(&["commit", &name, &nodes.image]).run().ok();
+        lab.nerdctl(&["rm", &name]).run().ok();
+        Ok(nodes)
+    }
+}
+
+impl Drop for Nodes<'_> {
+    fn drop(&mut self) {
+        self.lab.nerdctl(&["rmi", "-f", &self.image]).run();
+        Program::new("losetup").args(["--detach", &self.device]).run();
+    }
+}
+
+fn a_device_node_of_an_image_is_opened_by_no_thread(lab: &Lab) -> Verdict {
+    lab.vz_only()?;
+    let nodes = Nodes::make(lab)?;
+    let task = Task::start(lab, "nodes", &[], &nodes.image, &["sleep", "1000"]);
+    let vmm = await_process(&task.id, Role::Vmm).pid;
+    let fs_threads: Vec<_> = threads(vmm).into_iter().filter(|(_, name)| name.starts_with("fs-")).collect();
+    let (tid, _) = fs_threads.iter().find(|(_, name)| name == "fs-0").expect("a thread serves files");
+    for name in ["disk", "random", "zero"] {
+        let path = format!("/{}/rootfs/nodes/{name}", task.id);
+        for flags in [libc::O_RDONLY, libc::O_RDWR, libc::O_RDONLY | libc::O_NONBLOCK] {
+            let args = [Arg::Number(libc::AT_FDCWD.into()), Arg::Text(&path), Arg::Number(flags.into())];
+            // Not ENOENT: it is there.
+            assert_eq!(call(*tid, libc::SYS_openat, &args), Outcome::Returned(-i64::from(libc::EACCES)), "{name}");
+        }
+    }
+    // The guest has its own devices, and not the host's under the same number.
+    let said = task.exec(&["sh", "-c", "cat /nodes/disk; head -c 4 /nodes/zero | wc -c"]).run();
+    assert!(!said.text().contains(SECRET), "{said}");
+    ends(&task);
     Ok(())
 }

@@ -18,12 +18,16 @@ use vz_suite::{
     lab::{BUSYBOX, Restore},
     poll::{patiently, until},
     tests,
+    watch::Watch,
 };
 
-use crate::escape::{private_kib, rss_kib};
+use crate::escape::Nodes;
 
 tests![
     names_lead_nowhere,
+    the_shares_own_directories_are_the_hosts,
+    directories_that_are_replaced_harm_nothing_of_the_host,
+    device_nodes_of_an_image_are_not_opened,
     lengths_that_are_lies_change_nothing,
     chains_of_no_driver_are_borne,
     queues_that_are_nowhere_are_no_ones_trouble,
@@ -48,15 +52,19 @@ struct Stage<'l> {
     victim: Task<'l>,
     metal: Task<'l>,
     vmm: Process,
-    shim: i32,
+    watch: Watch<'l>,
     mark: u64,
-    before: (u64, u64),
     console: RefCell<String>,
-    _dir: tempfile::TempDir,
+    dir: tempfile::TempDir,
 }
 
 impl<'l> Stage<'l> {
     fn set(lab: &'l Lab, scene: &str) -> Result<Self, Skip> {
+        Self::of(lab, scene, BUSYBOX)
+    }
+
+    /// The same, with another image as the root of the guest's container.
+    fn of(lab: &'l Lab, scene: &str, image: &str) -> Result<Self, Skip> {
         lab.vz_only()?;
         let bundle = lab.bundle().with_file_name("metal");
         if !bundle.join("version.json").is_file() {
@@ -65,24 +73,35 @@ impl<'l> Stage<'l> {
         let victim = Task::start(lab, "victim", &[], BUSYBOX, &["sleep", "1000"]);
         let mark = lab.log_position();
         // There is no agent, and nobody is to end the guest before it has played.
-        let args = format!("vz.metal={scene} vz.victim={}", victim.id);
+        let (id, planted) = (lab.id("metal"), lab.planted().display());
+        let args = format!("vz.metal={scene} vz.own={id} vz.victim={} vz.planted={planted}", victim.id);
         let text = format!("[guest]\nkernel_args = \"{args}\"\n[timeouts]\nboot_s = 600\nagent_s = 600\n");
         let guards: [Restore<'_>; 2] = [lab.configure(&text), lab.use_bundle(&bundle)];
         // A disk, so that there is one of each device.
         let dir = lab.dir();
         let disk = dir.path().join("disk");
         fs::File::create(&disk).and_then(|file| file.set_len(1 << 20)).expect("make a disk");
-        let mount = format!("type=ext4,src={},dst=/disk", disk.display());
-        let metal = Task::begin(lab, "metal", &["--mount", &mount], BUSYBOX, &["true"]);
+        // And of each volume; the guest knows them by the files in them.
+        let mut mounts = vec![format!("type=ext4,src={},dst=/disk", disk.display())];
+        for (name, options) in [("writable", "rbind:rw"), ("readonly", "rbind:ro"), ("file", "rbind:rw")] {
+            let source = dir.path().join(name);
+            if name == "file" {
+                fs::write(&source, "a file by itself").expect("make a file");
+            } else {
+                fs::create_dir(&source).and_then(|()| fs::write(source.join(name), name)).expect("make a volume");
+            }
+            mounts.push(format!("type=bind,src={},dst=/{name},options={options}", source.display()));
+        }
+        let flags: Vec<&str> = mounts.iter().flat_map(|mount| ["--mount", mount]).collect();
+        let metal = Task::begin_as(lab, id, &flags, image, &["true"]);
         let vmm = await_process(&metal.id, Role::Vmm);
-        let shim = await_process(&metal.id, Role::Shim).pid;
         let console = state(&metal.id).join("console.log");
         until("the guest's first words", Duration::from_secs(60), || {
             fs::read_to_string(&console).ok().filter(|text| text.contains("metal: "))
         });
         drop(guards);
-        let before = (rss_kib(shim), private_kib(vmm.pid));
-        Ok(Self { lab, victim, metal, vmm, shim, mark, before, console: RefCell::default(), _dir: dir })
+        let watch = Watch::start(lab, &metal.id);
+        Ok(Self { lab, victim, metal, vmm, watch, mark, console: RefCell::default(), dir })
     }
 
     /// What the guest has said.
@@ -105,20 +124,26 @@ impl<'l> Stage<'l> {
 
     #[track_caller]
     fn victim_lives(&self) {
+        self.lab.looked_at("another sandbox");
         assert_eq!(self.victim.exec(&["echo", "alive"]).run().ok(), "alive");
     }
 
     /// Waits until the guest has played, while the other sandbox goes on.
     #[track_caller]
     fn play(&self) -> String {
-        let said = until(&format!("the scene's end, after {}", tail(&self.said())), SCENE, || {
+        let said = self.watch_it();
+        nothing_is_wrong(&said);
+        said
+    }
+
+    /// The same, whatever the guest has found.
+    #[track_caller]
+    fn watch_it(&self) -> String {
+        until(&format!("the scene's end, after {}", tail(&self.said())), SCENE, || {
             self.vmm_lives();
             self.victim_lives();
             Some(self.said()).filter(|said| said.ends_with("metal: done\n"))
-        });
-        let wrong: Vec<&str> = said.lines().filter(|line| line.contains("WRONG")).collect();
-        assert!(wrong.is_empty(), "{}", wrong.join("\n"));
-        said
+        })
     }
 
     /// The same, where the machine may have the guest's VM end; then it says why.
@@ -149,12 +174,7 @@ impl<'l> Stage<'l> {
     /// What the host has spent on it is bounded.
     #[track_caller]
     fn nothing_grew(&self) {
-        let after = (rss_kib(self.shim), private_kib(self.vmm.pid));
-        let (before, log) = (self.before, self.lab.log_position() - self.mark);
-        println!("  shim {} -> {} KiB, vmm {} -> {} KiB, log {log} bytes", before.0, after.0, before.1, after.1);
-        assert!(after.0 < before.0 + 16 * 1024, "the shim grew from {} to {} KiB", before.0, after.0);
-        assert!(after.1 < before.1 + 32 * 1024, "the vmm grew from {} to {} KiB", before.1, after.1);
-        assert!(log < 512 * 1024, "the log grew by {log} bytes");
+        self.watch.is_bounded();
     }
 
     /// Ends the guest as a client does that has waited long enough. The checker looks for what is left.
@@ -186,47 +206,115 @@ impl Drop for Stage<'_> {
     }
 }
 
+/// Fails the test with what the guest has found that a host must not do.
+#[track_caller]
+fn nothing_is_wrong(said: &str) {
+    let wrong: Vec<&str> = said.lines().filter(|line| line.contains("WRONG")).collect();
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+/// What each request was refused with, without what it was about.
+fn refusals(said: &str) -> impl Iterator<Item = (&str, i32)> {
+    let lines = said.lines().filter_map(|line| line.strip_prefix("metal: refused "));
+    lines.map(|line| (line, line.rsplit(' ').next().and_then(|word| word.parse().ok()).unwrap_or_default()))
+}
+
 /// The last lines.
 fn tail(text: &str) -> String {
     let lines: Vec<&str> = text.lines().collect();
     lines[lines.len().saturating_sub(10)..].join("\n")
 }
 
-/// Names below a directory that are not the guest's to make, down to its shares.
-fn names(id: &str) -> Vec<String> {
-    let mut names: Vec<String> = fs::read_dir(state(id))
-        .unwrap()
-        .map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned())
-        .collect();
-    names.sort();
-    names
-}
-
 fn names_lead_nowhere(lab: &Lab) -> Verdict {
     let stage = Stage::set(lab, "names")?;
-    let own = names(&stage.metal.id);
-    let others = names(&stage.victim.id);
+    let own = listed(&state(&stage.metal.id));
+    let others = listed(&state(&stage.victim.id));
     let said = stage.play();
     let count = |what: &str| said.lines().filter(|line| line.starts_with(&format!("metal: {what} "))).count();
     println!("  {} refused, {} dropped, {} fine", count("refused"), count("dropped"), count("fine"));
     assert!(count("refused") > 500 && count("fine") > 9, "{said}");
     // What each is refused with: no such thing may depend on what the host has.
-    for line in said.lines().filter(|line| line.starts_with("metal: refused ")) {
-        let error: i32 = line.rsplit(' ').next().and_then(|word| word.parse().ok()).unwrap_or_default();
+    for (line, error) in refusals(&said) {
         let known = [libc::EPERM, libc::ENOENT, libc::EBADF, libc::EEXIST, libc::ENOTDIR, libc::EINVAL, libc::ELOOP];
         assert!(known.contains(&error) || error == libc::ENAMETOOLONG, "{line}");
         let named = ["/", "\"\"", "\"..\"", "\".\""].iter().any(|name| line.contains(name));
         assert!(!named || error == libc::EINVAL, "{line}");
     }
     stage.nothing_grew();
-    assert_eq!((names(&stage.metal.id), names(&stage.victim.id)), (own, others));
+    assert_eq!((listed(&state(&stage.metal.id)), listed(&state(&stage.victim.id))), (own, others));
     // The vmm's root is the share.
     let share = PathBuf::from(format!("/proc/{}/root", stage.vmm.pid));
-    assert_eq!(fs::read_to_string(share.join("metal")).expect("the guest's file"), "metal was here.\n");
-    let mut made: Vec<_> = fs::read_dir(&share).unwrap().map(|entry| entry.unwrap().file_name()).collect();
-    made.retain(|name| **name != *stage.metal.id);
-    made.sort();
-    assert_eq!(made, ["directory", "fds", "metal", "out", "up"]);
+    let rootfs = share.join(&stage.metal.id).join("rootfs");
+    assert_eq!(fs::read_to_string(rootfs.join("metal")).expect("the guest's file"), "metal was here.\n");
+    for name in ["directory", "fds", "out", "up"] {
+        assert!(fs::symlink_metadata(rootfs.join(name)).is_ok(), "{name} is not in the root file system");
+    }
+    assert_eq!(listed(&share), [stage.metal.id.as_str()]);
+    stage.end();
+    Ok(())
+}
+
+/// Names in a directory.
+fn listed(dir: &Path) -> Vec<String> {
+    let entries = fs::read_dir(dir).unwrap_or_else(|e| panic!("list {}: {e}", dir.display()));
+    let mut names: Vec<String> =
+        entries.map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned()).collect();
+    names.sort();
+    names
+}
+
+fn the_shares_own_directories_are_the_hosts(lab: &Lab) -> Verdict {
+    let stage = Stage::set(lab, "share")?;
+    let said = stage.watch_it();
+    let share = PathBuf::from(format!("/proc/{}/root", stage.vmm.pid));
+    let (top, own) = (listed(&share), listed(&share.join(&stage.metal.id)));
+    let volumes = ["writable", "readonly"].map(|name| listed(&stage.dir.path().join(name)));
+    stage.nothing_grew();
+    let (id, refused): (_, Vec<_>) = (stage.metal.id.clone(), refusals(&said).collect());
+    println!("  {} requests refused", refused.len());
+    // First what it has done to the host, if anything.
+    stage.end();
+    nothing_is_wrong(&said);
+    assert_eq!(top, [id]);
+    assert!(own.iter().all(|name| name == "rootfs" || name.starts_with("mount")), "{own:?}");
+    assert_eq!(volumes, [vec!["made", "moved", "writable"], vec!["readonly"]]);
+    assert!(said.contains("volumes: 1 writable, 1 read-only, 1 files"), "{said}");
+    let known = [libc::EROFS, libc::EPERM, libc::EXDEV];
+    // A file without a name, and attributes of others than the user's, are refused wherever it is.
+    let nowhere = [libc::EOPNOTSUPP, libc::ENOSYS, libc::EINVAL, libc::ENODATA, libc::EISDIR];
+    // The size (8) of a directory is nobody's to change.
+    let special = |line: &str| {
+        ["tmpfile", "user.", "trusted.", "security.", "system.", "attribute 8"].iter().any(|what| line.contains(what))
+    };
+    let odd: Vec<_> = refused
+        .iter()
+        .filter(|(line, error)| !known.contains(error) && !(special(line) && nowhere.contains(error)))
+        .collect();
+    assert!(odd.is_empty(), "{odd:?}");
+    Ok(())
+}
+
+fn directories_that_are_replaced_harm_nothing_of_the_host(lab: &Lab) -> Verdict {
+    for scene in ["swap", "swap-below"] {
+        let stage = Stage::set(lab, scene)?;
+        let said = stage.watch_it();
+        stage.nothing_grew();
+        // What the host does last with a share is what would harm it.
+        stage.end();
+        nothing_is_wrong(&said);
+    }
+    Ok(())
+}
+
+fn device_nodes_of_an_image_are_not_opened(lab: &Lab) -> Verdict {
+    lab.vz_only()?;
+    let nodes = Nodes::make(lab)?;
+    let stage = Stage::of(lab, "nodes", &nodes.image)?;
+    let said = stage.play();
+    for (line, error) in refusals(&said) {
+        assert!([libc::EACCES, libc::EBADF, libc::EPERM, libc::EEXIST].contains(&error), "{line}");
+    }
+    stage.nothing_grew();
     stage.end();
     Ok(())
 }

@@ -59,7 +59,7 @@ impl Write for Said {
 /// Runs a program to its end; `None` where there is no KVM to run it.
 fn run(code: &[u8]) -> Option<(End, Vec<u8>)> {
     if let Err(e) = Kvm::new() {
-        println!("skipped: open /dev/kvm: {e}");
+        vz_tally::skip!("open /dev/kvm: {e}");
         return None;
     }
     let (kernel, initramfs) = (program(code), tempfile::tempfile().unwrap());

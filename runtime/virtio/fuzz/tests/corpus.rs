@@ -11,7 +11,7 @@ fn replay(name: &str) {
     for input in inputs {
         println!("{}", input.display());
         if let Err(why) = target(&fs::read(&input).unwrap()) {
-            println!("skipped: {why}");
+            vz_tally::skip!("{why}");
             return;
         }
     }

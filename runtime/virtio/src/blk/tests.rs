@@ -421,7 +421,7 @@ fn a_block_device_of_the_host_is_a_disk() {
     let device = match Loop::new(&image) {
         Ok(device) => device,
         Err(e) => {
-            println!("skipped: cannot make a loop device: {e}");
+            vz_tally::skip!("cannot make a loop device: {e}");
             return;
         }
     };

@@ -4,6 +4,7 @@ use std::{
     os::unix::fs::MetadataExt,
     path::Path,
     sync::atomic::{AtomicBool, Ordering},
+    time::{Duration, Instant},
 };
 
 use vm_memory::{Bytes, GuestAddress};
@@ -281,6 +282,14 @@ fn links_that_lead_out_are_followed_by_nobody() {
 #[test]
 fn a_directory_that_turns_into_a_link_leads_nowhere() {
     const EXCHANGE: u32 = 2;
+    const RACE: Duration = Duration::from_secs(60);
+    /// Ends the other thread however this one ends.
+    struct Over<'a>(&'a AtomicBool);
+    impl Drop for Over<'_> {
+        fn drop(&mut self) {
+            self.0.store(true, Ordering::Relaxed);
+        }
+    }
     let (mut guest, mut other) = Guest::pair();
     let up = guest.outside().to_str().unwrap().to_owned();
     assert_eq!(guest.ask(SYMLINK, ROOT, &names(&[], &["link", &up])), 0);
@@ -291,8 +300,12 @@ fn a_directory_that_turns_into_a_link_leads_nowhere() {
                 assert_eq!(other.ask(RENAME2, ROOT, &names(&[1, 0, EXCHANGE, 0], &["dir", "link"])), 0);
             }
         });
-        let mut created = 0;
-        for _ in 0..2000 {
+        let over = Over(&done);
+        // Until both have come first often enough to have met each other.
+        let (mut created, mut refused) = (0, 0);
+        let begun = Instant::now();
+        while created < 100 || refused < 100 {
+            assert!(begun.elapsed() < RACE, "the directory was {created} times one, and {refused} times none");
             let dir = guest.lookup("dir");
             assert_ne!(guest.ask(LOOKUP, dir, &names(&[], &["secret"])), 0);
             assert_ne!(guest.ask(UNLINK, dir, &names(&[], &["secret"])), 0);
@@ -309,10 +322,11 @@ fn a_directory_that_turns_into_a_link_leads_nowhere() {
                 write.push(b'x');
                 assert_eq!(guest.ask(WRITE, file, &write), 0);
                 assert_eq!(guest.ask(UNLINK, dir, &names(&[], &["planted"])), 0);
+            } else {
+                refused += 1;
             }
         }
-        done.store(true, Ordering::Relaxed);
-        println!("created {created} of 2000");
+        drop(over);
     });
     guest.outside_is_untouched();
 }

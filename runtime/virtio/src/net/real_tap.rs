@@ -26,9 +26,10 @@ const NEEDS_CSUM: u8 = 1;
 
 /// Runs in a thread that has a tap of that many queues, unless it cannot.
 fn with_tap(queues: usize, test: impl FnOnce(Vec<OwnedFd>) + Send + 'static) {
+    let name = vz_tally::running();
     let body = move || match make_tap(queues) {
         Ok(queues) => test(queues),
-        Err(e) => println!("skipped: cannot make a tap in a network namespace: {e}"),
+        Err(e) => vz_tally::skip!(test: &name, "cannot make a tap in a network namespace: {e}"),
     };
     thread::spawn(body).join().unwrap();
 }

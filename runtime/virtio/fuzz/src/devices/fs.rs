@@ -1,15 +1,13 @@
 use std::{
     cell::OnceCell,
     fs,
+    os::fd::{AsRawFd, OwnedFd},
     path::{Path, PathBuf},
     time::Duration,
 };
 
 use arbitrary::Arbitrary;
-use nix::{
-    mount::{MsFlags, mount},
-    sched::{CloneFlags, unshare},
-};
+use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_string, fsmount, fsopen};
 use vz_virtio::{
     Backend,
     fs::{Config, Fs, Threads},
@@ -21,22 +19,25 @@ use crate::{
 };
 
 thread_local! {
-    static ROOM: OnceCell<Result<PathBuf, String>> = const { OnceCell::new() };
+    static ROOM: OnceCell<Result<OwnedFd, String>> = const { OnceCell::new() };
 }
 
-/// A small file system of this thread's own: what a guest creates, and allocates, stays in there.
+/// A small file system of this thread's own: what a guest creates, and allocates, stays in there. It is attached nowhere, so that it hides
+/// nothing, and ends with its descriptor.
 fn room() -> Result<PathBuf, String> {
     let make = || {
-        let failed = |e: nix::Error| format!("a share needs a tmpfs of its own: {e}");
-        unshare(CloneFlags::CLONE_NEWNS).map_err(failed)?;
-        let none = None::<&str>;
-        mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).map_err(failed)?;
-        let dir = std::env::temp_dir();
-        mount(Some("fuzz"), &dir, Some("tmpfs"), MsFlags::MS_NOSUID | MsFlags::MS_NODEV, Some("size=16m,nr_inodes=4k"))
-            .map_err(failed)?;
-        Ok(dir)
+        let failed = |e: rustix::io::Errno| format!("a share needs a tmpfs of its own: {e}");
+        let made = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC).map_err(failed)?;
+        fsconfig_set_string(&made, "size", "16m").map_err(failed)?;
+        fsconfig_set_string(&made, "nr_inodes", "4k").map_err(failed)?;
+        fsconfig_create(&made).map_err(failed)?;
+        let attributes = MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV;
+        fsmount(&made, FsMountFlags::FSMOUNT_CLOEXEC, attributes).map_err(failed)
     };
-    ROOM.with(|room| room.get_or_init(make).clone())
+    ROOM.with(|room| match room.get_or_init(make) {
+        Ok(room) => Ok(format!("/proc/self/fd/{}", room.as_raw_fd()).into()),
+        Err(why) => Err(why.clone()),
+    })
 }
 
 pub(crate) struct Guest {
