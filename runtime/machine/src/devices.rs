@@ -82,7 +82,7 @@ fn lock_thread(work: fs::Work) -> io::Result<()> {
         // Nothing unconfined runs, and what it was to wait for goes unanswered: the device is of no use any more.
         panic!("confine lock thread: {}", vz_sys::error::chain(&e));
     };
-    vz_jail::spawn(Role::Lock, "fs-lock", work, refused).map(drop)
+    vz_jail::spawn(Role::Lock, "lock", work, refused).map(drop)
 }
 
 impl Devices {
