@@ -18,6 +18,7 @@ mod host_side;
 mod hostile;
 mod lifecycle;
 mod linux;
+mod locks;
 mod machine;
 mod metal;
 mod net;
@@ -38,6 +39,7 @@ fn main() -> ExitCode {
         run::TESTS,
         files::TESTS,
         volumes::TESTS,
+        locks::TESTS,
         disks::TESTS,
         options::TESTS,
         stdio::TESTS,
