@@ -121,6 +121,9 @@ fn locks_hold_in_other_containers_and_on_the_host(lab: &Lab) -> Verdict {
     assert!(now.contains("fs free busy"), "the host's: {now}");
     host.unlock().expect("unlock a file");
     assert!(tried(&other).starts_with(FREE), "{now}");
+    // The clients of what was killed leave theirs.
+    holder.remove();
+    lab.remove_clients_fifos();
     Ok(())
 }
 
