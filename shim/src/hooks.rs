@@ -289,7 +289,7 @@ mod tests {
     #[tokio::test]
     async fn a_hook_is_where_the_shim_was() {
         if !nix::unistd::geteuid().is_root() {
-            println!("skipped: not root");
+            vz_tally::skip!("not root");
             return;
         }
         let dir = tempfile::tempdir().unwrap();

@@ -453,7 +453,7 @@ mod tests {
     /// Runs `test` as the shim runs, in a mount namespace of its own, with the path of a share to be made.
     fn in_a_namespace(test: impl FnOnce(&Path) + Send) {
         if !nix::unistd::geteuid().is_root() {
-            println!("skipped: not root");
+            vz_tally::skip!("not root");
             return;
         }
         let dir = tempfile::tempdir().unwrap();
@@ -634,7 +634,7 @@ mod tests {
             let place = share.place("c1").unwrap();
             match place.mount_rootfs(&[overlay], Path::new("/")) {
                 Err(Error::Rootfs { source, .. }) if source.to_string().contains("ENODEV") => {
-                    return println!("skipped: no overlayfs");
+                    return vz_tally::skip!(test: "share::tests::layers_with_long_paths_fit_into_a_page", "no overlayfs");
                 }
                 other => other.unwrap(),
             }

@@ -7,7 +7,8 @@ use std::{env, fs, fs::File, path::Path};
 pub struct Host(Vec<&'static str>);
 
 /// All words, beside `anywhere`.
-pub const WORDS: [&str; 9] = ["no-kvm", "no-root", "no-tun", "no-loop", "no-cgroups", "slow", "runc", ON_KVM, ON_QEMU];
+pub const WORDS: [&str; 10] =
+    ["no-kvm", "no-root", "no-tun", "no-loop", "no-cgroups", "no-overlay", "slow", "runc", ON_KVM, ON_QEMU];
 /// Which machine containers run on; [`Host::look`] does not know.
 const ON_KVM: &str = "on-kvm";
 const ON_QEMU: &str = "on-qemu";
@@ -23,6 +24,7 @@ impl Host {
             !Path::new("/dev/net/tun").exists(),
             !Path::new("/dev/loop-control").exists(),
             !Path::new("/sys/fs/cgroup/cgroup.controllers").exists() && !Path::new("/sys/fs/cgroup/memory").exists(),
+            !fs::read_to_string("/proc/filesystems").unwrap_or_default().contains("overlay"),
             variable("VZ_PATIENCE").parse().is_ok_and(|times: u32| times > 1),
             variable("VZ_TEST_RUNTIME").contains("runc"),
             false,

@@ -148,7 +148,7 @@ mod tests {
     #[test]
     fn a_command_starts_in_them() {
         if !nix::unistd::geteuid().is_root() {
-            println!("skipped: not root");
+            vz_tally::skip!("not root");
             return;
         }
         let said = left(|surroundings| {
@@ -167,7 +167,7 @@ mod tests {
     fn a_program_starts_in_them() {
         use std::{io::Read, os::fd::AsFd};
         if !nix::unistd::geteuid().is_root() {
-            println!("skipped: not root");
+            vz_tally::skip!("not root");
             return;
         }
         let said = left(|surroundings| {
@@ -197,7 +197,7 @@ mod tests {
     #[test]
     fn a_directory_that_is_gone_is_an_error_of_spawn() {
         if !nix::unistd::geteuid().is_root() {
-            println!("skipped: not root");
+            vz_tally::skip!("not root");
             return;
         }
         let said = left(|surroundings| {

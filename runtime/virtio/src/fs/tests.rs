@@ -507,7 +507,7 @@ impl Guest {
 
     /// The error of the answer that comes next, and to which request, or none within the time.
     fn answered_within(&mut self, milliseconds: u16) -> Option<(u64, i32)> {
-        let deadline = std::time::Instant::now() + Duration::from_millis(milliseconds.into());
+        let deadline = Instant::now() + Duration::from_millis(milliseconds.into());
         loop {
             if let Some((chain, len)) = self.ring.take_used(&self.memory) {
                 assert_eq!(len, 16);
@@ -515,7 +515,7 @@ impl Guest {
                 let error: i32 = self.memory.read_obj(at(4)).unwrap();
                 return Some((self.memory.read_obj(at(8)).unwrap(), -error));
             }
-            let left = deadline.saturating_duration_since(std::time::Instant::now());
+            let left = deadline.saturating_duration_since(Instant::now());
             if !crate::testing::readable_within(&self.device.later.wake, u16::try_from(left.as_millis()).unwrap()) {
                 return None;
             }
