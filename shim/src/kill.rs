@@ -20,7 +20,7 @@ use crate::{
 
 /// How long the output of a killed process is waited for after the guest had its time.
 const AFTER_KILL: Duration = Duration::from_secs(1);
-/// How long it may take from an end to its being published, with that output.
+/// How long it may take after that until the end is published.
 const SETTLE: Duration = Duration::from_secs(4);
 
 /// What ends a container without its guest's help.
@@ -117,7 +117,8 @@ pub async fn kill_init(sandbox: &Arc<Sandbox>, container: &Arc<Container>, all: 
             }
         }
     }
-    let settled = timeout(SETTLE, init.wait()).await;
+    // Its output may be waited for until then, however early the guest has confirmed its end.
+    let settled = timeout_at(by + AFTER_KILL + SETTLE, init.wait()).await;
     settled.map(drop).map_err(|_| Error::Unconfirmed { what: "container", id: container.id.clone(), after })
 }
 
@@ -132,7 +133,7 @@ async fn kill_exec(sandbox: &Sandbox, container: &Container, process: &Process) 
     }
     let unconfirmed = |_| Error::Unconfirmed { what: "exec", id: process.exec_id.clone(), after };
     timeout_at(by, process.said.ended()).await.map_err(unconfirmed)?;
-    timeout(SETTLE, process.wait()).await.map(drop).map_err(unconfirmed)
+    timeout_at(by + AFTER_KILL + SETTLE, process.wait()).await.map(drop).map_err(unconfirmed)
 }
 
 /// The guest says that a process has ended. That counts once it has reported the end, which every client can see then.
