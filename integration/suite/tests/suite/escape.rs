@@ -39,6 +39,7 @@ tests![
     guest_root_reaches_no_port_but_its_own,
     floods_do_not_grow_anything,
     a_container_that_replaces_its_share_harms_no_directory_of_the_host,
+    a_riot_in_a_share_harms_no_container_that_joins_it,
     a_device_node_of_an_image_is_opened_by_no_thread,
 ];
 
@@ -647,5 +648,82 @@ fn a_device_node_of_an_image_is_opened_by_no_thread(lab: &Lab) -> Verdict {
     let said = task.exec(&["sh", "-c", "cat /nodes/disk; head -c 4 /nodes/zero | wc -c"]).run();
     assert!(!said.text().contains(SECRET), "{said}");
     ends(&task);
+    Ok(())
+}
+
+/// Does to the share's own directories whatever may disturb a container that is being made: floods, renames, exchanges and links. What it
+/// could do is counted in /done.
+const RIOT: &str = r#"
+import ctypes, os, sys
+share, planted = "/proc/1/root/run/vz/share", sys.argv[1].encode()
+libc = ctypes.CDLL(None, use_errno=True)
+here = os.open(share, os.O_RDONLY)
+EXCHANGE = 2
+done = 0
+def rename(a, b, flags=0):
+    return libc.renameat2(here, a, here, b, flags) == 0
+def attempt(*calls):
+    global done
+    before = done
+    for call in calls:
+        try:
+            if call() is not False: done += 1
+        except OSError: pass
+    if done != before: open("/done", "w").write(str(done))
+own = os.listdir(here)
+print("rioting", flush=True)
+n = 0
+while True:
+    n += 1
+    flood = b"flood%d" % n
+    attempt(lambda: os.mkdir(flood, dir_fd=here), lambda: os.symlink(planted, b"link%d" % n, dir_fd=here))
+    for name in os.listdir(here):
+        name = name.encode()
+        if os.fsdecode(name) in own: continue
+        attempt(lambda: rename(name, flood), lambda: os.symlink(planted, name, dir_fd=here), lambda: rename(name, own[0].encode(), EXCHANGE))
+        for below in (b"rootfs", b"mount0", b"mount7", b"mount8", b"mount9"):
+            below = name + b"/" + below
+            attempt(lambda: rename(below, flood), lambda: os.symlink(planted, below, dir_fd=here), lambda: os.mkdir(below, dir_fd=here))
+"#;
+
+fn a_riot_in_a_share_harms_no_container_that_joins_it(lab: &Lab) -> Verdict {
+    lab.vz_only()?;
+    let bystander = idle(lab, "bystander");
+    let dir = lab.dir();
+    let volume = dir.path().join("volume");
+    fs::create_dir(&volume).and_then(|()| fs::write(volume.join("mine"), "mine")).expect("make a volume");
+    let mount = format!("{}:/volume", volume.display());
+    let group = format!("io.containerd.runc.v2.group={}", lab.id("riot"));
+    let joins = ["--annotation", &group];
+    let flags = [&joins[..], &MIGHTY, &["--pid", "host", DEBIAN, "sleep", "1000"]].concat();
+    let first = Container::start(lab, "first", &flags);
+    let planted = lab.planted().display().to_string();
+    let riot = first.exec(&["python3", "-c", RIOT, &planted]).deadline(1000).start();
+    riot.expect("rioting");
+    let mut joined = Vec::new();
+    for number in 2..=10 {
+        let flags = [&joins[..], &["-v", &mount, BUSYBOX, "sleep", "1000"]].concat();
+        let next = Container::start(lab, "joins", &flags);
+        assert_eq!(
+            next.sh("cat /volume/mine && hostname >/volume/told && echo it works"),
+            "mineit works",
+            "the {number}."
+        );
+        // Half of them go again meanwhile, as what the host does last with a share is what would harm it.
+        if number % 2 == 0 {
+            next.remove();
+        } else {
+            joined.push(next);
+        }
+    }
+    lives(lab, &bystander);
+    drop(riot);
+    let done = first.exec(&["cat", "/done"]).run();
+    drop(joined);
+    first.remove();
+    assert_eq!(done.text(), "", "calls that changed the share");
+    assert_eq!(entries(&dir.path().display().to_string()), ["volume"]);
+    assert_eq!(entries(&volume.display().to_string()), ["mine", "told"]);
+    ends(&bystander);
     Ok(())
 }
