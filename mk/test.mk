@@ -8,7 +8,7 @@ BOUNDARY := endings:: escape:: hostile:: metal::
 suite := $(CARGO) test --locked -q -p vz-suite --test suite --
 tally := $(CARGO) run --locked -q -p vz-tally -- target/tally
 
-.PHONY: fuzz hostile developer soak test-unit test-integration test-boundary test-release test-reproducible test-runc test-kvm test-kvm-core
+.PHONY: fuzz hostile developer soak soak-files test-unit test-integration test-boundary test-release test-reproducible test-runc test-kvm test-kvm-core
 
 # Each run's output is kept, for the sum that `make test` ends with.
 test-unit: ## Unit tests of all crates; fails on a skipped test that integration/tally/skips does not have
@@ -51,6 +51,9 @@ developer:
 soak: build bundle ## Use one container for long, and print what its shim takes (SOAK_OPTIONS='--execs 1000 --minutes 1'; see --help)
 	@integration/devbox up
 	@integration/soak $(SOAK_OPTIONS)
+
+soak-files: build bundle ## Two VMs write one SQLite database, git repository and PostgreSQL server, for an hour (SOAK_OPTIONS='--minutes 5')
+	@integration/soak-files $(SOAK_OPTIONS)
 
 fuzz: ## Fuzz everything that parses what a guest says (FUZZ_SECONDS=60 for each target, FUZZ_TARGETS='net blk' for some)
 	@mk/fuzz $(FUZZ_TARGETS)
