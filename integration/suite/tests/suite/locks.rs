@@ -1,4 +1,5 @@
-//! Files that several containers, in VMs of their own, and the host use at the same time: locks and appends; and more files than a process can have open.
+//! Files that several containers, in VMs of their own, and the host use at the same time: locks, appends, a database,
+//! access control lists; and more files than a process can have open.
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -25,6 +26,8 @@ tests![
     locks_hold_in_other_containers_and_on_the_host,
     who_waits_for_a_lock_can_be_killed,
     appends_of_many_are_whole,
+    a_database_has_two_writers,
+    access_lists_count,
     more_files_are_known_than_can_be_open,
 ];
 
@@ -199,6 +202,84 @@ fn appends_of_many_are_whole(lab: &Lab) -> Verdict {
         assert_eq!(sizes, wanted, "lines of {who}");
     }
     assert_eq!(text.lines().count(), 600);
+    Ok(())
+}
+
+/// Counts up in one database, which is locked for each step.
+const COUNTS: &str = r#"
+import sqlite3, sys
+db = sqlite3.connect('/v/db', timeout=120, isolation_level=None)
+db.execute('pragma journal_mode=delete')
+db.execute('create table if not exists counts (who text, number integer)')
+for i in range(40):
+    db.execute('begin immediate')
+    number = db.execute('select coalesce(max(number), 0) from counts').fetchone()[0]
+    db.execute('insert into counts values (?, ?)', (sys.argv[1], number + 1))
+    db.execute('commit')
+print(db.execute('pragma integrity_check').fetchone()[0])
+"#;
+
+fn a_database_has_two_writers(lab: &Lab) -> Verdict {
+    let dir = lab.dir();
+    let volume = format!("{}:/v", dir.path().display());
+    let containers = ["a", "b"].map(|who| Container::start(lab, who, &["-v", &volume, DEBIAN, "sleep", "1000"]));
+    let count =
+        |container: &Container<'_>| container.exec(&["python3", "-c", COUNTS, &container.name]).deadline(300).start();
+    let running: Vec<_> = containers.iter().map(count).collect();
+    for one in running {
+        assert_eq!(one.wait().ok(), "ok");
+    }
+    let all = "import sqlite3; print(*sqlite3.connect('/v/db').execute('select count(*), max(number) from counts').fetchone())";
+    assert_eq!(containers[0].exec(&["python3", "-c", all]).run().ok(), "80 80");
+    Ok(())
+}
+
+/// Lists that give and take rights, on the root file system and a volume; and those that the host has made.
+const LISTS: &str = r#"
+import errno, os, stat, struct
+UO, U, GO, G, M, O = 1, 2, 4, 8, 16, 32
+def acl(*e): return struct.pack('<I', 2) + b''.join(struct.pack('<HHI', t, p, 0xffffffff if i is None else i) for t, p, i in e)
+def as_user(uid, f):
+    pid = os.fork()
+    if pid == 0:
+        os.setgroups([]); os.setgid(uid); os.setuid(uid)
+        try: f(); os._exit(0)
+        except OSError as e: os._exit(e.errno)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return errno.errorcode.get(code, 'ok')
+def read(path): return lambda: open(path).read()
+def mode(path): return oct(stat.S_IMODE(os.stat(path).st_mode))
+os.umask(0o022)
+for d in ('/acl', '/v/acl'):
+    os.mkdir(d); os.chmod(d, 0o755)
+    os.setxattr(d, 'system.posix_acl_default', acl((UO, 7, None), (GO, 7, None), (O, 7, None)))
+    os.close(os.open(d + '/f', os.O_CREAT | os.O_WRONLY, 0o666)); os.mkdir(d + '/sub', 0o777)
+    print(mode(d + '/f'), mode(d + '/sub'), 'system.posix_acl_default' in os.listxattr(d + '/sub'))
+    s = d + '/secret'; open(s, 'w').write('x'); os.chmod(s, 0o600)
+    os.setxattr(s, 'system.posix_acl_access', acl((UO, 6, None), (U, 4, 1000), (GO, 0, None), (M, 4, None), (O, 0, None)))
+    print(mode(s), as_user(1000, read(s)), as_user(1001, read(s)))
+    os.chmod(s, 0o600); print(as_user(1000, read(s)))
+print(as_user(1000, read('/v/denied')), as_user(1001, read('/v/denied')))
+"#;
+
+fn access_lists_count(lab: &Lab) -> Verdict {
+    let dir = lab.dir();
+    let volume = format!("{}:/v", dir.path().display());
+    let denied = dir.path().join("denied");
+    fs::write(&denied, "x").expect("write a file");
+    // Owner 6, user 1000 nothing, group 4, mask 4, others 4.
+    let entries = [(1u16, 6u16, u32::MAX), (2, 0, 1000), (4, 4, u32::MAX), (16, 4, u32::MAX), (32, 4, u32::MAX)];
+    let mut list = 2u32.to_le_bytes().to_vec();
+    for (tag, rights, id) in entries {
+        list.extend(tag.to_le_bytes().into_iter().chain(rights.to_le_bytes()).chain(id.to_le_bytes()));
+    }
+    let hex: String = list.iter().map(|byte| format!("{byte:02x}")).collect();
+    let set = "import os, sys; os.setxattr(sys.argv[1], 'system.posix_acl_access', bytes.fromhex(sys.argv[2]))";
+    let python = vz_suite::command::Program::new("python3");
+    python.args(["-c", set, &denied.display().to_string(), &hex]).run().ok();
+    let said = lab.nerdctl_run(&["--rm", "-v", &volume, DEBIAN, "python3", "-c", LISTS]).deadline(180).run().ok();
+    let each = "0o666 0o777 True\n0o640 ok EACCES\nEACCES\n";
+    assert_eq!(said, format!("{each}{each}EACCES ok"));
     Ok(())
 }
 
