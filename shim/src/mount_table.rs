@@ -72,6 +72,6 @@ mod tests {
 
     #[test]
     fn this_namespace_has_a_root() {
-        assert!(read().unwrap().iter().any(|mount| mount.point == "/"));
+        assert!(read().unwrap().iter().any(|mount| mount.point.as_path() == std::path::Path::new("/")));
     }
 }

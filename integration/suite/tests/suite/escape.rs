@@ -247,9 +247,13 @@ fn a_vmm_thread_that_is_taken_over_opens_nothing(lab: &Lab) -> Verdict {
         if name == "fs-0" {
             // A device, for somebody on the host to use.
             let device = i64::from(libc::S_IFBLK | 0o666);
-            let args =
-                [Arg::Number(libc::AT_FDCWD.into()), Arg::Text("/disk"), Arg::Number(device), Arg::Number(8 << 8)];
-            assert_eq!(call(tid, libc::SYS_mknodat, &args), Outcome::Returned(-i64::from(libc::EPERM)));
+            // Names in the share's own directories are the host's; elsewhere the user namespace forbids it.
+            let rootfs = format!("/{}/rootfs/disk", task.id);
+            for (path, errno) in [("/disk", libc::EROFS), (&rootfs, libc::EPERM)] {
+                let path = Arg::Text(path);
+                let args = [Arg::Number(libc::AT_FDCWD.into()), path, Arg::Number(device), Arg::Number(8 << 8)];
+                assert_eq!(call(tid, libc::SYS_mknodat, &args), Outcome::Returned(-i64::from(errno)));
+            }
             // Every directory that it has open ends at the share.
             let fds: Vec<i64> = entries(&format!("/proc/{vmm}/fd")).iter().filter_map(|fd| fd.parse().ok()).collect();
             for fd in fds {
