@@ -153,12 +153,15 @@ fn confined(role: &str, what: &str) -> ExitCode {
     ExitCode::from(u8::try_from(told.recv().unwrap_or(99)).unwrap())
 }
 
-/// A root with nothing in it; what is left of /proc.
+/// A root with one mount in it; what is left of /proc.
 fn jail() -> fs::File {
     nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).unwrap();
     vz_jail::prepare().unwrap();
     let dir = env::temp_dir().join(format!("vz-jail-{}", std::process::id()));
-    fs::create_dir(&dir).unwrap();
+    let volume = dir.join("volume");
+    fs::create_dir_all(&volume).unwrap();
+    let flags = nix::mount::MsFlags::empty();
+    nix::mount::mount(Some("volume"), &volume, Some("tmpfs"), flags, None::<&str>).unwrap();
     let status = vz_jail::enter_root(&dir).unwrap();
     // The directory is this namespace's root now, and goes with it; its name is the parent's to remove.
     status
@@ -175,10 +178,20 @@ fn state(proc_self_fd: &fs::File) -> bool {
         .map(|path| nix::fcntl::openat(proc_self_fd, path, OFlag::O_RDONLY, Mode::empty()).is_ok());
     // But it has the process's descriptors.
     let own = nix::fcntl::openat(proc_self_fd, "2", OFlag::O_WRONLY, Mode::empty()).is_ok();
+    // Names in the root itself are the host's to give; what is mounted there is the guest's.
+    let cwd = nix::fcntl::AT_FDCWD;
+    let made = [
+        fs::write("/file", "x").is_ok(),
+        nix::unistd::symlinkat("/volume", cwd, "/link").is_ok(),
+        nix::sys::stat::mkdirat(cwd, "/dir", Mode::S_IRWXU).is_ok(),
+        nix::fcntl::renameat(cwd, "/volume", cwd, "/away").is_ok(),
+        nix::unistd::unlinkat(cwd, "/volume", UnlinkatFlags::RemoveDir).is_ok(),
+    ];
     !up.contains(&true)
         && own
-        && fs::write("/file", "x").is_ok()
-        && nix::unistd::unlinkat(nix::fcntl::AT_FDCWD, "/file", UnlinkatFlags::NoRemoveDir).is_ok()
+        && !made.contains(&true)
+        && fs::write("/volume/file", "x").is_ok()
+        && nix::unistd::unlinkat(cwd, "/volume/file", UnlinkatFlags::NoRemoveDir).is_ok()
 }
 
 fn run(role: Role, what: &str) -> (ExitStatus, String) {
