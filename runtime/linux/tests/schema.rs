@@ -56,6 +56,9 @@ fn assembled() -> Value {
         path
     };
     let output = dir.path().join("out/container");
+    let patches = dir.path().join("patches");
+    fs::create_dir(&patches).unwrap();
+    fs::write(patches.join("0001-more.patch"), "more: it can do more\n\nCapability: more\n").unwrap();
     let config = "CONFIG_VIRTIO_FS=y\n# CONFIG_TUN is not set\nCONFIG_SMP=y\n";
     let done = Command::new(root().join("mk/bundle/assemble"))
         .arg("--output")
@@ -70,6 +73,8 @@ fn assembled() -> Value {
         .arg(file("config", config))
         .arg("--capabilities")
         .arg(root().join("kernel/capabilities"))
+        .arg("--patches")
+        .arg(patches)
         .args(["--kernel-version", "6.12.1", "--bundle-version", "1.2.3", "--agent-version", "1.2.3"])
         .args(["--youki-version", YOUKI_VERSION, "--profile", "container", "--security-profile", "constrained"])
         .args(["--git-commit", "0123456789abcdef0123456789abcdef01234567-dirty"])
@@ -86,7 +91,7 @@ fn what_is_assembled_is_what_the_schema_says() {
         assert_eq!(accepted, [true], "{version:#}");
     }
     let read: VersionInfo = serde_json::from_value(version.clone()).unwrap();
-    assert_eq!(read.capabilities, ["smp", "virtiofs"]);
+    assert_eq!(read.capabilities, ["more", "smp", "virtiofs"]);
     assert_eq!(read.artifacts["youki"].size, Some(5));
     // Nothing is written that is not published.
     let published: Value = serde_json::from_str(VERSION_SCHEMA).unwrap();
