@@ -264,6 +264,10 @@ fn an_exec_that_is_deleted_while_it_starts_leaves_nothing(lab: &Lab) -> Verdict 
             assert!(!runs(), "exec {exec} was killed and deleted, and runs");
         }
     }
+    task.kill("SIGKILL");
+    task.wait();
+    // A client that does not wait for its exec leaves these to nobody.
+    lab.remove_clients_fifos();
     Ok(())
 }
 
