@@ -352,6 +352,8 @@ fn what_cannot_be_taken_away_is_said_until_it_can(lab: &Lab) -> Verdict {
     until("the rest to be gone", Duration::from_secs(30), || {
         (find(&id, Role::Shim).is_none() && !Processes::now().iter().any(|p| p.pid == vmm)).then_some(())
     });
+    // containerd has called `delete` by then, and knows no task any more.
+    until("the task's end", Duration::from_secs(30), || lab.status(&id).is_none().then_some(()));
     remove();
     let said = run().fails_with(&["somebodys"]);
     println!("  {said}");
