@@ -33,7 +33,9 @@ pub fn play(guest: &Guest<'_>) {
     }
     // A session from the start, as the lies may have ended the one before.
     let Some(mut fuse) = Fuse::start(device, 0, MEMORY) else { return };
-    gigantic(&mut fuse);
+    // A file is made where the guest may make one.
+    let Some(home) = fuse.home(guest.own) else { return };
+    gigantic(&mut fuse, home.rootfs);
     forgets(&mut fuse);
     if let Some(mut fuse) = Fuse::start(device, 0, MEMORY) {
         report(fuse.alive(), "honest requests after all of it");
@@ -95,9 +97,9 @@ fn collect(fuse: &mut Fuse, count: u16) -> bool {
 }
 
 /// READ, READDIR and lists of attributes of 4 GiB, with room for much of it.
-fn gigantic(fuse: &mut Fuse) {
+fn gigantic(fuse: &mut Fuse, dir: u64) {
     let make = [2u32 | 0o100, 0o100_666, 0, 0].map(u32::to_le_bytes);
-    if !matches!(fuse.call(op::CREATE, ROOT, &[make.as_flattened(), b"large\0"]), Answer::Done(_)) {
+    if !matches!(fuse.call(op::CREATE, dir, &[make.as_flattened(), b"large\0"]), Answer::Done(_)) {
         return say!("WRONG: no file");
     }
     let (file, handle) = (fuse.field(0), fuse.field(128));
@@ -135,12 +137,12 @@ fn gigantic(fuse: &mut Fuse) {
         let length = fuse.prepare(op::BATCH_FORGET, ROOT, &[&size.to_le_bytes(), &[0; 4]]);
         wide(fuse, length, op::BATCH_FORGET, size);
     }
-    // All of the largest file that there may be, on a file system of some MiB.
+    // More than any file system has in one file: none of the host's disk is taken for it.
     let mut body = [0; 32];
     body[..8].copy_from_slice(&handle.to_le_bytes());
-    body[16..24].copy_from_slice(&(1u64 << 40).to_le_bytes());
+    body[16..24].copy_from_slice(&(1u64 << 62).to_le_bytes());
     let answer = fuse.call(op::FALLOCATE, file, &[&body]);
-    report(matches!(answer, Answer::Refused(_)), "1 TiB is not to be had");
+    report(matches!(answer, Answer::Refused(_)), "4 EiB are not to be had");
     report(fuse.alive(), "honest requests after gigantic ones");
 }
 
