@@ -22,10 +22,10 @@ use nix::{
     fcntl::OFlag,
     mount::{MntFlags, MsFlags, mount, umount2},
     sched::{CloneFlags, setns},
-    sys::{signal::Signal, wait::WaitStatus},
+    sys::signal::Signal,
     unistd::{Pid, chdir, fchdir, pivot_root},
 };
-use tokio::io::unix::AsyncFd;
+use tokio::{io::unix::AsyncFd, runtime::Handle, task::JoinHandle};
 use vz_sys::{
     channel::Channel,
     mount as sys,
@@ -41,6 +41,9 @@ const ROOTFS_FD: i32 = 5;
 /// How long it may take to be ready: a few system calls, of which those on the root file system may be held up.
 const READY_DEADLINE: Duration = Duration::from_secs(10);
 const READY: &[u8] = b"ready";
+
+/// How long a killed anchor is waited for.
+const END_DEADLINE: Duration = Duration::from_secs(1);
 
 /// Why there is no anchor.
 #[derive(Debug, thiserror::Error)]
@@ -119,31 +122,38 @@ impl Anchor {
     }
 }
 
+impl Anchor {
+    /// Ends the process, and waits a moment until it is gone. One that a file system holds up is reaped whenever it dies.
+    pub async fn end(mut self) {
+        if let Some(reaping) = self.kill() {
+            drop(tokio::time::timeout(END_DEADLINE, reaping).await);
+        }
+    }
+
+    /// Kills the process, once, and has it reaped.
+    fn kill(&mut self) -> Option<JoinHandle<()>> {
+        drop(self.channel.take());
+        let (process, pid) = (self.process.take()?, self.pid);
+        let failed = move |error: io::Error| tracing::error!(%error, pid, "end anchor process");
+        if let Err(error) = process.kill(Signal::SIGKILL) {
+            failed(error);
+        }
+        let reap = async move {
+            let ended = async {
+                let process = crate::fd::watch(process)?;
+                process.readable().await?.retain_ready();
+                process.get_ref().wait()
+            };
+            ended.await.map(drop).unwrap_or_else(failed);
+        };
+        // Without a runtime the shim is about to end, and init reaps.
+        Some(Handle::try_current().ok()?.spawn(reap))
+    }
+}
+
 impl Drop for Anchor {
     fn drop(&mut self) {
-        drop(self.channel.take());
-        let Some(process) = self.process.take() else { return };
-        let pid = self.pid;
-        let failed = move |error: io::Error| tracing::error!(%error, pid, "end anchor process");
-        match process.kill(Signal::SIGKILL).and_then(|()| process.try_wait()) {
-            // It dies as soon as the kernel gets to it, which may be when a file system answers. Nobody waits for that here.
-            Ok(WaitStatus::StillAlive) => {
-                let reap = async move {
-                    let ended = async {
-                        let process = crate::fd::watch(process)?;
-                        process.readable().await?.retain_ready();
-                        process.get_ref().wait()
-                    };
-                    ended.await.map(drop).unwrap_or_else(failed);
-                };
-                // Without a runtime the shim is about to end, and init reaps.
-                if let Ok(runtime) = tokio::runtime::Handle::try_current() {
-                    drop(runtime.spawn(reap));
-                }
-            }
-            Ok(_) => {}
-            Err(error) => failed(error),
-        }
+        drop(self.kill());
     }
 }
 

@@ -368,8 +368,11 @@ impl Container {
     }
 
     /// Ends the anchor.
-    pub fn end_anchor(&self) {
-        drop(lock(&self.anchor).take());
+    pub async fn end_anchor(&self) {
+        let anchor = lock(&self.anchor).take();
+        if let Some(anchor) = anchor {
+            anchor.end().await;
+        }
     }
 
     fn execs(&self) -> MutexGuard<'_, Execs> {

@@ -387,7 +387,7 @@ pub async fn delete(sandbox: &Arc<Sandbox>, container: &Arc<Container>, publish:
     for closed in closing {
         drop(closed.await);
     }
-    container.end_anchor();
+    container.end_anchor().await;
     let mut results = Vec::new();
     if sandbox.leave(container) {
         sandbox.end_vm().await;

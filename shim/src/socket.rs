@@ -1,7 +1,7 @@
 //! The sandbox's socket: who may listen on it, and who may take it away.
 //!
 //! A path says nothing about whose socket is there by now. So a socket is known by its inode too, and whoever makes, judges or
-//! removes one holds a lock on its directory meanwhile: of two members of a sandbox that start at once one listens and
+//! removes one holds a lock meanwhile: of two members of a sandbox that start at once one listens and
 //! the other finds it listening, and a dead sandbox's clean-up never removes a living one's socket.
 
 use std::{
@@ -23,11 +23,18 @@ use nix::{
     sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket},
 };
 
-/// Held by one process at a time, for a few system calls, none of which waits.
-fn lock(path: &Path) -> io::Result<Option<Flock<File>>> {
-    let Some(parent) = path.parent() else { return Ok(None) };
-    let dir = File::open(parent)?;
-    Flock::lock(dir, FlockArg::LockExclusive).map(Some).map_err(|(_, errno)| errno.into())
+use crate::journal::STATE_ROOT;
+
+/// Held by one process of the host at a time, for a few system calls, none of which waits.
+///
+/// It is vz's own directory that is locked. The socket's belongs to whoever calls the shim, and may be locked by them while
+/// they wait for it, as the command line `vz` does.
+fn lock() -> io::Result<Flock<File>> {
+    let temporary = std::env::temp_dir();
+    // Unit tests need not be root.
+    let dir = if cfg!(test) { temporary.as_path() } else { Path::new(STATE_ROOT) };
+    fs::create_dir_all(dir)?;
+    Flock::lock(File::open(dir)?, FlockArg::LockExclusive).map_err(|(_, errno)| errno.into())
 }
 
 /// Listens at `path`, in the place of a socket on which nobody listens any more. `None` if somebody does.
@@ -35,7 +42,7 @@ pub fn listen(path: &Path) -> io::Result<Option<UnixListener>> {
     if let Some(parent) = path.parent() {
         fs::create_dir_all(parent)?;
     }
-    let _lock = lock(path)?;
+    let _lock = lock()?;
     match UnixListener::bind(path) {
         Err(e) if e.kind() == io::ErrorKind::AddrInUse => {}
         other => return other.map(Some),
@@ -70,10 +77,7 @@ pub fn remove(path: &Path, wanted: Option<u64>) -> io::Result<()> {
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
         other => other,
     };
-    let lock = match lock(path) {
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
-        other => other?,
-    };
+    let _lock = lock()?;
     if let Some(wanted) = wanted {
         match fs::symlink_metadata(path) {
             Ok(found) if found.ino() == wanted && found.file_type().is_socket() => {}
@@ -81,9 +85,7 @@ pub fn remove(path: &Path, wanted: Option<u64>) -> io::Result<()> {
             Err(e) => return gone(Err(e)),
         }
     }
-    let removed = gone(fs::remove_file(path));
-    drop(lock);
-    removed
+    gone(fs::remove_file(path))
 }
 
 #[cfg(test)]

@@ -140,6 +140,7 @@ fn many_vcpus_write_to_one_disk(lab: &Lab) -> Verdict {
     let image = image(dir.path());
     let (mount, id) = (mount(&image, ""), lab.id("many"));
     let script = "for i in 1 2 3 4; do seq $i 20000 >/data/$i & done; wait; sync; md5sum /data/[1-4]";
+    let _config = lab.configure("[vm]\nmax_vcpus = 2\n");
     let annotation = ["--annotation", "io.containerd.vz/vcpus=2"];
     let said =
         lab.ctr_run(&["--rm", "--mount", &mount]).args(annotation).args([BUSYBOX, &id, "sh", "-c", script]).run().ok();
