@@ -10,8 +10,9 @@
 //! - the new file is a regular file of at most [`MOST`] bytes, in the directory in which the old one was when it was bound.
 //!
 //! Threat: a container that can write in that directory, through a volume. It can put a link, a FIFO or a device in the
-//! place of the file, replace it all the time, or make reading it hang. So nothing is resolved by path after the bind, no
-//! link is followed, nothing but a regular file is opened, and files are touched on threads of their own.
+//! place of the file, replace it all the time, or make reading it hang. So the path is resolved once more after the bind and
+//! counts only if it leads to the bound inode. From then on the directory's descriptor is used, no link is followed, nothing
+//! but a regular file is opened, and files are touched on threads of their own.
 
 use std::{
     ffi::{OsStr, OsString},

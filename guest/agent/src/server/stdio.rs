@@ -75,8 +75,8 @@ pub async fn output(ends: Ends, stream: Stream, link: Arc<Link>, key: Key) {
 
 /// Both ways between a terminal and the host, until the process has ended and every other one has closed the terminal.
 ///
-/// A terminal that no process has open reads as EIO. Its process may open it again (systemd closes the console for a while),
-/// so one end stays open here until `exit` tells of the process's end.
+/// A terminal that no process has open reads as EIO. Its process may open it again: systemd closes the console for a while.
+/// So one end stays open here until `exit` tells of the process's end.
 pub async fn terminal(
     host: OwnedFd,
     terminal: Terminal,
@@ -363,7 +363,7 @@ mod tests {
             slave.write_all(b"first").unwrap();
             near.read_exact(&mut first).unwrap();
             drop(slave);
-            // Nobody has it open now: a reader of the master that does not hold the other end is told EIO at once.
+            // No process has the terminal open now: the master would read EIO if the copy did not hold the other end.
             let mut slave = File::from(vz_sys::tty::open_slave(&*again).unwrap());
             slave.write_all(b"second").unwrap();
             drop((slave, again));
