@@ -40,7 +40,7 @@ use crate::{
     error::chain,
     hooks,
     journal::{self, Journal},
-    socket,
+    socket, watcher,
 };
 
 /// What containerd calls us.
@@ -55,6 +55,8 @@ const START_DEADLINE: Duration = Duration::from_secs(90);
 const START_OVER_DEADLINE: Duration = Duration::from_secs(10);
 /// The same where containerd waits, which gives `delete` five seconds in all.
 const DELETE_DEADLINE: Duration = Duration::from_secs(4);
+/// The same where nobody waits.
+const WATCHER_DEADLINE: Duration = Duration::from_secs(60);
 /// Exit status of a task whose shim has died.
 const KILLED: u32 = 137;
 
@@ -182,6 +184,10 @@ fn run(args: &[OsString]) -> Result<ExitCode, Error> {
     match flags.action.as_str() {
         "start" => start(&flags),
         "delete" => delete(&flags),
+        watcher::ACTION => Ok(watcher::main(|| {
+            // Nobody is there to be told. What cannot be taken away stays in the journal for the next `start`.
+            drop(take_away(&Journal::dir(&flags.namespace, &flags.id), WATCHER_DEADLINE));
+        })),
         "" => Ok(daemon::main(&flags)),
         other => Err(Error::Action(other.to_owned())),
     }
@@ -341,14 +347,16 @@ fn spawn(options: &StartOptions, socket: &str, listener: UnixListener, bundle: &
     let mut child = command.spawn().map_err(fail("start daemon"))?;
     // The command has the listener still.
     drop(command);
-    let report = match child.stdout.take() {
-        Some(stdout) => report(stdout, START_DEADLINE).map_err(fail("read the daemon's report"))?,
-        None => Some(String::new()),
-    };
-    if report.as_deref() == Some(daemon::READY) {
-        return Ok(());
-    }
-    let why = match report {
+    let mut pipe =
+        child.stdout.take().ok_or_else(|| fail("read the daemon's report")(io::ErrorKind::BrokenPipe.into()))?;
+    let why = match report(&mut pipe, START_DEADLINE).map_err(fail("read the daemon's report"))? {
+        Some(report) if report == daemon::READY => {
+            let Err(error) = watcher::start(&options.namespace, &options.id, pipe.into()) else { return Ok(()) };
+            child.kill().map_err(fail("kill the daemon"))?;
+            let mut why = chain(&error);
+            why.extend(left_behind(options));
+            why
+        }
         // It has cleaned up itself.
         Some(report) if !report.is_empty() => {
             child.wait().map_err(fail("wait for the daemon"))?;
@@ -382,14 +390,13 @@ fn left_behind(options: &StartOptions) -> Option<String> {
     Some(format!("; {}", chain(&error)))
 }
 
-/// What a daemon reports; `None` if it has not done so by the deadline.
-fn report(from: impl Read + AsFd, deadline: Duration) -> io::Result<Option<String>> {
+/// What a daemon reports: that it is ready, or all that it says before its end. `None` if neither comes by the deadline.
+fn report(from: &mut (impl Read + AsFd), deadline: Duration) -> io::Result<Option<String>> {
     let end = Instant::now() + deadline;
-    let mut from = from.take(MAX_INPUT);
     let (mut said, mut part) = (Vec::new(), [0; 4096]);
     loop {
         let left = PollTimeout::try_from(end.saturating_duration_since(Instant::now())).unwrap_or(PollTimeout::MAX);
-        match poll(&mut [PollFd::new(from.get_ref().as_fd(), PollFlags::POLLIN)], left) {
+        match poll(&mut [PollFd::new(from.as_fd(), PollFlags::POLLIN)], left) {
             Ok(0) => return Ok(None),
             Ok(_) => {}
             Err(Errno::EINTR) => continue,
@@ -398,6 +405,9 @@ fn report(from: impl Read + AsFd, deadline: Duration) -> io::Result<Option<Strin
         match from.read(&mut part)? {
             0 => return Ok(Some(String::from_utf8_lossy(&said).into_owned())),
             count => said.extend(part.get(..count).unwrap_or_default()),
+        }
+        if said == daemon::READY.as_bytes() {
+            return Ok(Some(daemon::READY.to_owned()));
         }
     }
 }
@@ -472,6 +482,9 @@ fn take_away(dir: &Path, time: Duration) -> Result<(), Error> {
 fn delete(flags: &Flags) -> Result<ExitCode, Error> {
     if let Err(error) = take_away(&Journal::dir(&flags.namespace, &flags.id), DELETE_DEADLINE) {
         drop(writeln!(io::stderr(), "{}", chain(&error)));
+        if let Err(error) = watcher::go_on(&flags.namespace, &flags.id) {
+            drop(writeln!(io::stderr(), "{}", chain(&error)));
+        }
     }
     let mut response = DeleteResponse::new();
     response.set_exit_status(KILLED);
@@ -546,7 +559,7 @@ mod tests {
     fn a_daemon_has_a_deadline() {
         let said = |script: &str, deadline| {
             let mut child = Command::new("sh").args(["-c", script]).stdout(Stdio::piped()).spawn().unwrap();
-            let said = report(child.stdout.take().unwrap(), deadline).unwrap();
+            let said = report(child.stdout.as_mut().unwrap(), deadline).unwrap();
             child.kill().unwrap();
             child.wait().unwrap();
             said
@@ -556,7 +569,8 @@ mod tests {
         assert_eq!(said("exit 1", long).as_deref(), Some(""));
         assert_eq!(said("printf no; sleep 0.1; printf ' bundle'", long).as_deref(), Some("no bundle"));
         assert_eq!(said("exec sleep 1000", short), None);
-        // Words are no end.
-        assert_eq!(said("echo ready; exec sleep 1000", short), None);
+        assert_eq!(said("echo ready; exec sleep 1000", long).as_deref(), Some(daemon::READY));
+        // Other words are no end.
+        assert_eq!(said("echo readily; exec sleep 1000", short), None);
     }
 }

@@ -4,7 +4,7 @@
 
 use std::{
     env,
-    fs::OpenOptions,
+    fs::{File, OpenOptions},
     io::{self, Write},
     os::{
         fd::{IntoRawFd, OwnedFd, RawFd},
@@ -12,7 +12,7 @@ use std::{
     },
     path::PathBuf,
     process::ExitCode,
-    sync::Arc,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -38,6 +38,8 @@ use crate::{
 
 /// What the daemon reports once its VM is on the way.
 pub const READY: &str = "ready\n";
+/// What it reports after that, once containerd has called: from then on containerd cleans up if the daemon dies.
+pub const KNOWN: &str = "known\n";
 /// Environment variable that carries containerd's ConfigPath from `start` to the daemon.
 pub const CONFIG_PATH: &str = "VZ_CONFIG_PATH";
 /// How long queued events and replies may take when the daemon is to exit.
@@ -68,18 +70,47 @@ pub fn main(flags: &Flags) -> ExitCode {
         Ok(runtime) => runtime,
         Err(error) => return refuse(report, &format!("start async runtime: {error}")),
     };
-    if let Err(error) = std::fs::File::from(report).write_all(READY.as_bytes()) {
-        tracing::error!(%error, "report to `start`");
-    }
-    let code = runtime.block_on(serve(identity, prepared, listener));
+    let report = Report::new(report);
+    report.say(READY);
+    let code = runtime.block_on(serve(identity, prepared, listener, report));
     // A thread that waits for a file system which hangs is not waited for.
     runtime.shutdown_background();
     code
 }
 
+/// The pipe to `start`, and to the watcher after it.
+#[derive(Debug)]
+pub struct Report(Mutex<Option<File>>);
+
+impl Report {
+    fn new(pipe: OwnedFd) -> Self {
+        Self(Mutex::new(Some(pipe.into())))
+    }
+
+    /// Tells the watcher that containerd has called, the first time.
+    pub fn known(&self) {
+        self.say(KNOWN);
+        *self.pipe() = None;
+    }
+
+    /// Nobody may be listening: `start` has been killed, or the caller watches over the daemon in a way of its own.
+    fn say(&self, line: &str) {
+        if let Some(pipe) = self.pipe().as_mut()
+            && let Err(error) = pipe.write_all(line.as_bytes())
+            && error.kind() != io::ErrorKind::BrokenPipe
+        {
+            tracing::error!(%error, line, "report");
+        }
+    }
+
+    fn pipe(&self) -> MutexGuard<'_, Option<File>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 fn refuse(report: OwnedFd, why: &str) -> ExitCode {
     // Whoever started us may be gone; there is nobody else to tell.
-    drop(std::fs::File::from(report).write_all(why.as_bytes()));
+    drop(File::from(report).write_all(why.as_bytes()));
     ExitCode::FAILURE
 }
 
@@ -119,7 +150,7 @@ fn prepare(flags: &Flags, identity: &Identity) -> Result<Prepared, Error> {
     sandbox::prepare(identity, config, journal, stderr.as_ref(), Arc::new(surroundings))
 }
 
-async fn serve(identity: Identity, prepared: Prepared, listener: UnixListener) -> ExitCode {
+async fn serve(identity: Identity, prepared: Prepared, listener: UnixListener, report: Report) -> ExitCode {
     let dir = Journal::dir(&identity.namespace, &identity.id);
     let address = env::var("TTRPC_ADDRESS").unwrap_or_default();
     let (publisher, queue) = events::publisher(&identity.namespace, &address);
@@ -129,9 +160,10 @@ async fn serve(identity: Identity, prepared: Prepared, listener: UnixListener) -
         let message = |what, source: io::Error| Error::Message { what, source: Box::new(source) };
         listener.set_nonblocking(true).map_err(|e| message("use socket", e))?;
         let listener = TokioListener::from_std(listener).map_err(|e| message("use socket", e))?;
-        let mut services = create_task(Arc::new(Service(sandbox.clone())));
+        let service = Service(sandbox.clone(), Arc::new(report));
+        let mut services = create_task(Arc::new(service.clone()));
         // containerd 1.7 calls the same service by its older name; the messages are the same.
-        let older = create_task(Arc::new(Service(sandbox.clone())));
+        let older = create_task(Arc::new(service));
         services.extend(older.into_iter().map(|(name, service)| (name.replace(".v3.", ".v2."), service)));
         let mut server = Server::new().add_listener(Listener::from(listener)).register_service(services);
         server.start().await.map_err(|e| Error::Message { what: "serve tasks", source: Box::new(e) })?;

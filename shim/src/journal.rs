@@ -171,20 +171,36 @@ impl Journal {
     /// have been taken away.
     pub fn create(dir: &Path) -> Result<Self, Error> {
         let state = |action| move |source| Error::State { action, path: dir.to_owned(), source };
+        let make = || {
+            fs::DirBuilder::new().recursive(true).mode(0o711).create(dir).map_err(|e| ("make state directory", e))?;
+            let path = dir.join(FILE);
+            OpenOptions::new().append(true).create_new(true).open(path).map_err(|e| ("create journal in", e))
+        };
         let mut tries = 0;
         loop {
-            match fs::DirBuilder::new().recursive(true).mode(0o711).create(dir) {
-                // The namespace's last sandbox has just ended, and has taken its directory along.
-                Err(e) if e.kind() == io::ErrorKind::NotFound && tries < MAKE_TRIES => tries += 1,
-                other => break other.map_err(state("make state directory"))?,
+            match make() {
+                // The end of another sandbox has just taken the directory along: the last one of the namespace, or the
+                // last one of this name.
+                Err((_, e)) if e.kind() == io::ErrorKind::NotFound && tries < MAKE_TRIES => tries += 1,
+                Err((action, source)) => return Err(state(action)(source)),
+                Ok(file) => return Ok(Self { dir: dir.to_owned(), file }),
             }
         }
-        let file = OpenOptions::new()
-            .append(true)
-            .create_new(true)
-            .open(dir.join(FILE))
-            .map_err(state("create journal in"))?;
-        Ok(Self { dir: dir.to_owned(), file })
+    }
+
+    /// Writes down a process of the sandbox in `dir`, for somebody who has not made the journal. `None` if there is no
+    /// journal any more.
+    pub fn add_process(dir: &Path, role: &str, pid: i32) -> Result<Option<Resource>, Error> {
+        Self::open(dir)?.map(|journal| journal.process(role, pid)).transpose()
+    }
+
+    fn open(dir: &Path) -> Result<Option<Self>, Error> {
+        let state = |source| Error::State { action: "open journal in", path: dir.to_owned(), source };
+        match OpenOptions::new().append(true).open(dir.join(FILE)) {
+            Ok(file) => Ok(Some(Self { dir: dir.to_owned(), file })),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(e) => Err(state(e)),
+        }
     }
 
     /// The state directory.
@@ -352,11 +368,7 @@ fn remove_directory(dir: &Path) -> Result<(), Error> {
 /// Writes down what is gone of a sandbox whose journal stays.
 fn append(dir: &Path, gone: Vec<Resource>) -> Result<(), Error> {
     let state = |source| Error::State { action: "write journal in", path: dir.to_owned(), source };
-    let file = match OpenOptions::new().append(true).open(dir.join(FILE)) {
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
-        other => other.map_err(state)?,
-    };
-    let journal = Journal { dir: dir.to_owned(), file };
+    let Some(journal) = Journal::open(dir)? else { return Ok(()) };
     // A line that was cut short ends here.
     (&journal.file).write_all(b"\n").map_err(state)?;
     gone.into_iter().try_for_each(|resource| journal.gone(resource))

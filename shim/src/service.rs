@@ -24,6 +24,7 @@ use vz_proto::{AgentClient, ContainerRequest, ProcessRequest, ResizePtyRequest a
 use crate::{
     container::{Container, Exit, Process, State},
     create,
+    daemon::Report,
     error::{Error, chain},
     io::Stdio,
     kill, metrics,
@@ -35,9 +36,9 @@ type Reply<T> = ttrpc::Result<T>;
 /// What somebody is told who waits for the end of an exec process that was deleted before it ran.
 const NEVER_RAN: u32 = 255;
 
-/// The Task service of a sandbox.
+/// The Task service of a sandbox, and who is to know that containerd has called it.
 #[derive(Debug, Clone)]
-pub struct Service(pub Arc<Sandbox>);
+pub struct Service(pub Arc<Sandbox>, pub Arc<Report>);
 
 /// Runs a request to its end, whatever becomes of its caller.
 async fn detached<T: Send + 'static>(
@@ -177,6 +178,7 @@ fn unsupported<T>(what: &'static str) -> Reply<T> {
 #[async_trait]
 impl Task for Service {
     async fn create(&self, _: &TtrpcContext, request: CreateTaskRequest) -> Reply<CreateTaskResponse> {
+        self.1.known();
         let (service, id) = (self.clone(), request.id.clone());
         detached("create", &id, async move {
             let container = create::create(&service.0, &request).await?;
@@ -371,6 +373,7 @@ impl Task for Service {
     }
 
     async fn connect(&self, _: &TtrpcContext, request: ConnectRequest) -> Reply<ConnectResponse> {
+        self.1.known();
         let mut response = ConnectResponse::new();
         response.set_shim_pid(std::process::id());
         // Answered for an unknown id too: a daemon that has restarted asks this first.

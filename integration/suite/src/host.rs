@@ -155,7 +155,7 @@ pub fn find(container: &str, role: Role) -> Option<Process> {
     let shim = all.iter().find(|p| {
         p.name.starts_with("containerd-shim")
             && p.flag("-id") == Some(container)
-            && !p.args.iter().any(|arg| arg == "start" || arg == "delete")
+            && !p.args.iter().any(|arg| ["start", "delete", "watch"].contains(&arg.as_str()))
     })?;
     let has_arg = |p: &Process, arg: &str| p.args.get(1).is_some_and(|found| found == arg);
     let is = |p: &&Process| match role {

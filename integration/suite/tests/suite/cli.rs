@@ -3,13 +3,15 @@
 use std::{fs, os::unix::net::UnixStream, path::Path, time::Duration};
 
 use serde_json::json;
-use vz_suite::{Lab, Verdict, command::Program, poll::until, tests};
+use vz_suite::{Lab, Verdict, command::Program, container::Task, host, lab::BUSYBOX, poll::until, tests};
 
 tests![
     the_version_is_told,
     info_is_protobuf_and_names_the_runtime,
     wrong_calls_are_refused_with_one_line,
     start_and_delete_by_hand,
+    a_daemon_that_dies_before_anybody_calls_it_leaves_nothing,
+    a_daemon_that_has_been_called_is_not_watched,
     start_of_a_broken_bundle_says_why,
     delete_of_nothing_succeeds,
 ];
@@ -123,6 +125,39 @@ fn start_and_delete_by_hand(lab: &Lab) -> Verdict {
     assert!(output.stdout.windows(3).any(|bytes| bytes == [0x10, 0x89, 0x01]), "{:?}", output.stdout);
     until("the socket to go", Duration::from_secs(10), || (!Path::new(socket).exists()).then_some(()));
     Ok(())
+}
+
+fn a_daemon_that_dies_before_anybody_calls_it_leaves_nothing(lab: &Lab) -> Verdict {
+    lab.vz_only()?;
+    let dir = lab.dir();
+    bundle(dir.path(), &config());
+    let sandbox = Sandbox(lab, lab.id("unknown"));
+    let id = &sandbox.1;
+    let output = call(lab, id, &["start"]).dir(dir.path()).run();
+    let reply: serde_json::Value = serde_json::from_str(&output.ok()).expect("the reply is JSON");
+    let socket = reply["address"].as_str().and_then(|a| a.strip_prefix("unix://")).expect("an address");
+    let state = Path::new("/run/vz/vzt-cli").join(id);
+    assert!(Path::new(socket).exists() && state.exists());
+    // containerd would call `delete` for a shim that it has connected to, and nothing for this one.
+    host::kill(&host::await_process(id, host::Role::Shim));
+    until("the socket and the state directory to go", Duration::from_secs(20), || {
+        (!Path::new(socket).exists() && !state.exists()).then_some(())
+    });
+    until("the watcher to end", Duration::from_secs(20), || watcher(id).is_none().then_some(()));
+    Ok(())
+}
+
+fn a_daemon_that_has_been_called_is_not_watched(lab: &Lab) -> Verdict {
+    lab.vz_only()?;
+    let task = Task::start(lab, "known", &[], BUSYBOX, &["sleep", "1000"]);
+    until("the watcher to end", Duration::from_secs(20), || watcher(&task.id).is_none().then_some(()));
+    Ok(())
+}
+
+/// The process that watches over a daemon until somebody has called it, or goes on where `delete` has given up.
+pub(crate) fn watcher(id: &str) -> Option<host::Process> {
+    let is = |p: &&host::Process| p.flag("-id") == Some(id) && p.args.last().is_some_and(|arg| arg == "watch");
+    host::Processes::now().iter().find(is).cloned()
 }
 
 fn start_of_a_broken_bundle_says_why(lab: &Lab) -> Verdict {

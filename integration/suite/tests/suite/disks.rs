@@ -12,7 +12,7 @@ tests![
 ];
 
 /// An ext4 image with a file in it.
-fn image(dir: &Path) -> String {
+pub(crate) fn image(dir: &Path) -> String {
     let content = dir.join("content");
     std::fs::create_dir(&content).expect("make a directory");
     std::fs::write(content.join("greeting"), "from the host\n").expect("write a file");
@@ -28,10 +28,10 @@ fn content(image: &str, file: &str) -> String {
 }
 
 /// A block device whose content is the file's, until it is dropped.
-struct Loop(String);
+pub(crate) struct Loop(pub(crate) String);
 
 impl Loop {
-    fn attach(file: &str) -> Result<Self, Skip> {
+    pub(crate) fn attach(file: &str) -> Result<Self, Skip> {
         let output = Program::new("losetup").args(["-f", "--show", file]).run();
         if output.code() != 0 {
             return Err(Skip(format!("this host has no loop devices to spare: {}", output.errors())));

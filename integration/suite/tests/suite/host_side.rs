@@ -19,7 +19,11 @@ use vz_suite::{
     tests,
 };
 
-use crate::net_faults::{Custom, hook};
+use crate::{
+    cli::watcher,
+    disks::{self, Loop},
+    net_faults::{Custom, hook},
+};
 
 tests![
     hooks_are_where_the_shim_was,
@@ -31,6 +35,7 @@ tests![
     hosts_that_are_replaced_are_followed,
     nothing_in_the_place_of_hosts_leads_anywhere,
     what_cannot_be_taken_away_is_said_until_it_can,
+    what_takes_longer_than_delete_may_is_taken_away_after_it,
     a_daemon_that_hangs_is_ended,
 ];
 
@@ -362,6 +367,68 @@ fn what_cannot_be_taken_away_is_said_until_it_can(lab: &Lab) -> Verdict {
     run().ok();
     remove();
     until("the cgroup's end", Duration::from_secs(10), || (!cgroup.exists()).then_some(()));
+    lab.remove_clients_fifos();
+    Ok(())
+}
+
+/// A file system of its own on which writers hang, until it is dropped.
+struct Frozen {
+    dir: PathBuf,
+    _device: Loop,
+}
+
+impl Frozen {
+    fn new(dir: &Path) -> Result<Self, Skip> {
+        let device = Loop::attach(&disks::image(dir))?;
+        let frozen = Self { dir: dir.join("frozen"), _device: device };
+        fs::create_dir(&frozen.dir).expect("make a directory");
+        Program::new("mount").args([&frozen._device.0, &frozen.path()]).run().ok();
+        Program::new("fsfreeze").args(["--freeze", &frozen.path()]).run().ok();
+        Ok(frozen)
+    }
+
+    fn path(&self) -> String {
+        self.dir.display().to_string()
+    }
+
+    fn thaw(&self) {
+        Program::new("fsfreeze").args(["--unfreeze", &self.path()]).run();
+    }
+}
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        self.thaw();
+        Program::new("umount").args([&self.path()]).run().ok();
+    }
+}
+
+fn what_takes_longer_than_delete_may_is_taken_away_after_it(lab: &Lab) -> Verdict {
+    lab.vz_only()?;
+    let dir = lab.dir();
+    let task = Task::start(lab, "slow", &[], BUSYBOX, &["sleep", "1000"]);
+    let vmm = await_process(&task.id, Role::Vmm).pid;
+    let Some((cgroup, ..)) = memory_cgroup(vmm) else { return Err(Skip("no memory controller".into())) };
+    let state = Path::new("/run/vz/default").join(&task.id);
+    assert!(state.exists());
+    // A process in the sandbox's cgroup that a SIGKILL does not end, as one that waits for a device or a server.
+    let frozen = Frozen::new(dir.path())?;
+    let file = frozen.dir.join("file").display().to_string();
+    let writer = Program::new("touch").args([&file]).start();
+    until("the writer to hang", Duration::from_secs(20), || {
+        let hangs = Processes::now().iter().find(|p| p.args.last() == Some(&file)).map(|p| p.pid)?;
+        read(format!("/proc/{hangs}/stat")).contains(" D ").then(|| {
+            fs::write(cgroup.join("cgroup.procs"), hangs.to_string()).expect("move a process");
+        })
+    });
+    host::kill(&await_process(&task.id, Role::Shim));
+    // containerd calls `delete`, which gives up before containerd does.
+    until("delete to give up", Duration::from_secs(30), || watcher(&task.id));
+    until("the task's end", Duration::from_secs(30), || lab.status(&task.id).is_none().then_some(()));
+    assert!(cgroup.exists() && state.exists(), "the writer held nothing up");
+    frozen.thaw();
+    until("the rest to be taken away", Duration::from_secs(15), || (!cgroup.exists() && !state.exists()).then_some(()));
+    drop(writer);
     lab.remove_clients_fifos();
     Ok(())
 }

@@ -12,7 +12,7 @@ use std::{
     env,
     ffi::{CString, OsString},
     fs::{self, File},
-    io::{self, Read, Seek},
+    io::{self, BufRead, Read, Seek},
     os::{
         fd::{AsFd, OwnedFd},
         unix::{ffi::OsStrExt, net::UnixListener},
@@ -374,7 +374,7 @@ fn start_daemon(dir: &Dir, state: &State, debug: bool, kernel_profile: Option<&s
         args.push(c"-debug".into());
     }
     let null = File::options().read(true).write(true).open("/dev/null").map_err(Error::at("open", "/dev/null"))?;
-    let (mut report, report_to) = io::pipe().map_err(Error::step("make pipe"))?;
+    let (report, report_to) = io::pipe().map_err(Error::step("make pipe"))?;
     let daemon = Command {
         program: text(state.shim.as_os_str().as_bytes())?,
         args,
@@ -386,13 +386,15 @@ fn start_daemon(dir: &Dir, state: &State, debug: bool, kernel_profile: Option<&s
     .spawn()
     .map_err(Error::at("start", &state.shim))?;
     drop((report_to, listener));
+    let mut report = io::BufReader::new(report);
     let mut said = String::new();
-    report.read_to_string(&mut said).map_err(Error::step("read the daemon's report"))?;
+    report.read_line(&mut said).map_err(Error::step("read the daemon's report"))?;
     if said == READY {
         // It is the one to be sacrificed when memory is short. A host that forbids it loses nothing else.
         drop(fs::write(format!("/proc/{}/oom_score_adj", daemon.pid()), oom_score().to_string()));
         return Ok(daemon);
     }
+    report.read_to_string(&mut said).map_err(Error::step("read the daemon's report"))?;
     let status = daemon.wait().map_err(Error::step("wait for the sandbox's daemon"))?;
     match said.is_empty() {
         false => Err(Error::Said(said)),
