@@ -368,6 +368,7 @@ impl<F: FileSystem> FileSystem for Guarded<F> {
         lock_owner: Option<u64>,
         flags: u32,
     ) -> io::Result<usize> {
+        place(offset)?;
         let live = self.live(inode)?;
         self.0.fs.read(ctx, live.number().into(), handle, w, size, offset, lock_owner, flags)
     }
@@ -386,6 +387,7 @@ impl<F: FileSystem> FileSystem for Guarded<F> {
         kill_priv: bool,
         flags: u32,
     ) -> io::Result<usize> {
+        place(offset)?;
         let live = self.live(inode)?;
         let inode = live.number().into();
         self.0.fs.write(ctx, inode, handle, r, size, offset, lock_owner, delayed_write, kill_priv, flags)
@@ -574,6 +576,14 @@ impl<F: FileSystem> FileSystem for Guarded<F> {
 
     fn tmpfile(&self) -> io::Result<(Entry, Option<Self::Handle>, OpenOptions)> {
         self.0.fs.tmpfile()
+    }
+}
+
+/// A place in a file that the host's system calls can name; virtiofsd panics at others.
+fn place(offset: u64) -> io::Result<()> {
+    match i64::try_from(offset) {
+        Ok(_) => Ok(()),
+        Err(_) => Err(io::Error::from_raw_os_error(libc::EINVAL)),
     }
 }
 

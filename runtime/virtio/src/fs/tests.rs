@@ -429,6 +429,22 @@ fn every_opcode_with_nonsense_is_survived() {
 }
 
 #[test]
+fn places_that_no_file_has_are_refused() {
+    let mut guest = Guest::new();
+    fs::write(guest.share().join("file"), "text").unwrap();
+    let file = guest.lookup("file");
+    let handle = guest.open(file, libc::O_RDWR);
+    for offset in [1 << 63, u64::MAX] {
+        let mut body = [handle.to_le_bytes(), offset.to_le_bytes()].concat();
+        body.extend([4_u32, 0, 0, 0, 0, 0].iter().flat_map(|field| field.to_le_bytes()));
+        assert_eq!(guest.ask(READ, file, &body), libc::EINVAL);
+        body.extend(b"more");
+        assert_eq!(guest.ask(WRITE, file, &body), libc::EINVAL);
+    }
+    assert_eq!(fs::read_to_string(guest.share().join("file")).unwrap(), "text");
+}
+
+#[test]
 fn a_ring_that_cannot_be_is_an_error() {
     let mut guest = Guest::new();
     guest.ring.set_index(&guest.memory, 20000);
