@@ -29,11 +29,13 @@ use vz_sys::{
 use crate::{
     error::{Error, chain},
     events,
-    journal::{self, Journal, Resource},
+    host::{
+        journal::{self, Journal, Resource},
+        socket,
+    },
     log,
     sandbox::{self, Identity, Prepared},
     service::Service,
-    socket,
 };
 
 /// What the daemon reports once its VM is on the way.

@@ -133,43 +133,43 @@ pub enum Error {
     },
     /// The spec asks for what a VM cannot give.
     #[error(transparent)]
-    Spec(#[from] crate::spec::Error),
+    Spec(#[from] crate::container::spec::Error),
     /// A tmpfs that is to have what the image has there.
     #[error(transparent)]
-    CopyUp(#[from] crate::copyup::Error),
+    CopyUp(#[from] crate::container::copyup::Error),
     /// The configuration.
     #[error(transparent)]
     Config(#[from] vz_config::Error),
     /// The share.
     #[error(transparent)]
-    Share(#[from] crate::share::Error),
+    Share(#[from] crate::host::share::Error),
     /// The anchor.
     #[error(transparent)]
-    Anchor(#[from] crate::anchor::Error),
+    Anchor(#[from] crate::host::anchor::Error),
     /// The network.
     #[error(transparent)]
-    Network(#[from] crate::network::Error),
+    Network(#[from] crate::host::network::Error),
     /// A disk.
     #[error(transparent)]
-    Disk(#[from] crate::disks::Error),
+    Disk(#[from] crate::host::disks::Error),
     /// A hook.
     #[error(transparent)]
-    Hook(#[from] crate::hooks::Error),
+    Hook(#[from] crate::host::hooks::Error),
     /// Standard input or output.
     #[error(transparent)]
-    Io(#[from] crate::io::Error),
+    Io(#[from] crate::container::stdio::Error),
     /// The journal.
     #[error(transparent)]
-    Journal(#[from] crate::journal::Error),
+    Journal(#[from] crate::host::journal::Error),
     /// The cgroup.
     #[error(transparent)]
-    Cgroup(#[from] crate::cgroup::Error),
+    Cgroup(#[from] crate::host::cgroup::Error),
     /// The guest's metrics.
     #[error(transparent)]
-    Metrics(#[from] crate::metrics::Error),
+    Metrics(#[from] crate::guest::metrics::Error),
     /// The vmm process.
     #[error(transparent)]
-    Vmm(#[from] crate::vmm::Error),
+    Vmm(#[from] crate::guest::vmm::Error),
     /// A message could not be read or written.
     #[error("{what}")]
     Message {
@@ -185,13 +185,13 @@ impl Error {
         match self {
             Self::NotFound { .. } | Self::Finished => Code::NOT_FOUND,
             Self::AlreadyExists { .. } => Code::ALREADY_EXISTS,
-            Self::State { .. } | Self::Disk(crate::disks::Error::Busy { .. }) => Code::FAILED_PRECONDITION,
+            Self::State { .. } | Self::Disk(crate::host::disks::Error::Busy { .. }) => Code::FAILED_PRECONDITION,
             Self::Invalid(_)
             | Self::Spec(_)
             | Self::ReadSpec { .. }
             | Self::Config(_)
-            | Self::Disk(crate::disks::Error::Missing { .. } | crate::disks::Error::Late { .. })
-            | Self::Cgroup(crate::cgroup::Error::Path(_)) => Code::INVALID_ARGUMENT,
+            | Self::Disk(crate::host::disks::Error::Missing { .. } | crate::host::disks::Error::Late { .. })
+            | Self::Cgroup(crate::host::cgroup::Error::Path(_)) => Code::INVALID_ARGUMENT,
             Self::Unimplemented(_) => Code::UNIMPLEMENTED,
             Self::Sandbox(_) | Self::AgentAway { .. } | Self::AgentLost { .. } => Code::UNAVAILABLE,
             Self::AgentTimeout { .. } | Self::Unconfirmed { .. } | Self::Unreported { .. } | Self::Stuck { .. } => {
@@ -234,7 +234,7 @@ mod tests {
 
     #[test]
     fn a_chain_says_each_cause_once() {
-        let error = crate::anchor::Error::Spawn(std::io::Error::other("no memory"));
+        let error = crate::host::anchor::Error::Spawn(std::io::Error::other("no memory"));
         assert_eq!(chain(&Error::from(error)), "start anchor process: no memory");
     }
 }

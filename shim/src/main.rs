@@ -6,48 +6,24 @@
 
 use std::{env, process::ExitCode};
 
-mod agent;
-mod anchor;
-mod answers;
 mod bootstrap;
-mod cgroup;
 mod container;
-mod copyup;
-mod create;
 mod daemon;
-mod disks;
 mod error;
 mod events;
 mod fd;
-mod hooks;
-mod io;
-mod journal;
-mod kill;
+mod guest;
+mod host;
 mod limit;
 mod log;
-mod logger;
-mod metrics;
-mod mirror;
-mod mount_table;
-mod names;
-mod network;
-mod offload;
-mod oom;
-mod reach;
-mod said;
 mod sandbox;
 mod service;
-mod share;
-mod socket;
-mod spec;
-mod vmm;
-mod watcher;
 
 fn main() -> ExitCode {
     let args: Vec<_> = env::args_os().collect();
     match (args.get(1).and_then(|arg| arg.to_str()), args.get(2)) {
         (Some("vmm"), None) => vz_machine::vmm::main(),
-        (Some("anchor"), Some(_)) => anchor::main(),
+        (Some("anchor"), Some(_)) => host::anchor::main(),
         _ => bootstrap::main(&args[1..]),
     }
 }

@@ -19,7 +19,7 @@ use vz_sys::{
     surroundings::Surroundings,
 };
 
-use crate::io::{logger_pipe, null, query};
+use crate::container::stdio::{logger_pipe, null, query};
 
 /// How long it may take to be ready.
 const READY: Duration = Duration::from_secs(10);

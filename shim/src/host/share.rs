@@ -42,9 +42,8 @@ use nix::{
 use vz_sys::mount as sys;
 
 use crate::{
-    mirror::Volume,
-    mount_table,
-    spec::{Bind, Propagation},
+    container::spec::{Bind, Propagation},
+    host::{mirror::Volume, mount_table},
 };
 
 /// Name of a container's root file system in its directory.
@@ -470,7 +469,7 @@ mod tests {
             file,
             is_dir: source.is_dir(),
             name: name.into(),
-            readonly: crate::spec::ReadOnly::No,
+            readonly: crate::container::spec::ReadOnly::No,
             recursive: true,
             propagation: Propagation::Slave,
             is_name: false,
@@ -556,10 +555,10 @@ mod tests {
             mount(NONE, &volume, NONE, MsFlags::MS_SHARED, NONE).unwrap();
             tmpfs(&volume.join("early"));
             let place = share.place("c1").unwrap();
-            let variants: [(&str, crate::spec::ReadOnly, Propagation); 3] = [
-                ("mount0", crate::spec::ReadOnly::Top, Propagation::Slave),
-                ("mount1", crate::spec::ReadOnly::All, Propagation::Private),
-                ("mount2", crate::spec::ReadOnly::No, Propagation::Private),
+            let variants: [(&str, crate::container::spec::ReadOnly, Propagation); 3] = [
+                ("mount0", crate::container::spec::ReadOnly::Top, Propagation::Slave),
+                ("mount1", crate::container::spec::ReadOnly::All, Propagation::Private),
+                ("mount2", crate::container::spec::ReadOnly::No, Propagation::Private),
             ];
             for (name, readonly, propagation) in variants {
                 place.bind(&Bind { readonly, propagation, ..bind(&volume, name) }).unwrap();

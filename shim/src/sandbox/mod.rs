@@ -24,21 +24,23 @@ use vz_proto::{CONTROL_PORT, Event, LOG_PORT, SHARE_TAG, event};
 use vz_sys::surroundings::Surroundings;
 
 use crate::{
-    agent::{self, Agent},
-    cgroup::Cgroup,
-    container::{Container, Exit, Process, State},
-    disks::{self, Disk},
+    container::{Container, Exit, Process, State, said::Verdict, spec},
     error::{Error, chain},
     events::Publisher,
-    hooks,
-    journal::Journal,
+    guest::{
+        agent::{self, Agent},
+        vmm::{self, Notice, Place, Started, Vmm},
+    },
+    host::{
+        cgroup::Cgroup,
+        disks::{self, Disk},
+        hooks,
+        journal::Journal,
+        network::Network,
+        oom::Score,
+        share::Share,
+    },
     limit::{Budget, Limit},
-    network::Network,
-    oom::Score,
-    said::Verdict,
-    share::Share,
-    spec,
-    vmm::{self, Notice, Place, Started, Vmm},
 };
 
 /// Exit status of processes whose VM has ended, as if they had been killed.
@@ -453,7 +455,7 @@ impl Sandbox {
     }
 
     /// What the guest says of its processes. A container or process that is not known is a lie or late, and no harm; of
-    /// those that are, [`crate::said`] knows what may be said still.
+    /// those that are, [`crate::container::said`] knows what may be said still.
     fn event(self: Arc<Self>, event: Event) {
         match event.kind {
             Some(event::Kind::Exit(reported)) => {
@@ -491,7 +493,7 @@ impl Sandbox {
         }
     }
 
-    /// A process has ended, and [`crate::said`] knows: pass its output on, then tell everybody, in order.
+    /// A process has ended, and [`crate::container::said`] knows: pass its output on, then tell everybody, in order.
     fn exited(self: &Arc<Self>, container: Arc<Container>, process: Arc<Process>, exit: Exit) {
         if process.exec_id.is_empty() {
             tokio::spawn(self.clone().init_exited(container, exit));

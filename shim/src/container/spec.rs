@@ -22,7 +22,7 @@ use oci_spec::runtime::{
 };
 use vz_proto::{NETNS_PATH, SHARE_PATH};
 
-use crate::{
+use crate::host::{
     disks::{self, Disk},
     mount_table::{self, Entry},
     share::{ROOTFS, open_source},
@@ -75,7 +75,7 @@ pub struct Bind {
     pub recursive: bool,
     /// Which later mounts of the host's the guest sees.
     pub propagation: Propagation,
-    /// Whether it is one of the container's [`names`](crate::names).
+    /// Whether it is one of the container's [`names`](crate::host::etc_files).
     pub is_name: bool,
 }
 
@@ -283,7 +283,7 @@ fn guest_mount(
             "id-mapped mounts are not supported; change the files' owner, or leave the user namespace out",
         ));
     }
-    let is_name = kind.is_file() && crate::names::is_name(&destination);
+    let is_name = kind.is_file() && crate::host::etc_files::is_name(&destination);
     let (file, is_dir) = (OwnedFd::from(file), kind.is_dir());
     Ok(Some(Bind { source, file, is_dir, name, readonly, recursive, propagation, is_name }))
 }

@@ -4,6 +4,14 @@
 //! has been passed on (or a deadline), the init's exit after those of all other processes of the container. Once the
 //! init has ended, no other process is added or starts: see [`Container::close`].
 
+pub mod copyup;
+pub mod create;
+pub mod kill;
+pub mod logger;
+pub mod said;
+pub mod spec;
+pub mod stdio;
+
 use std::{
     collections::HashMap,
     path::PathBuf,
@@ -16,14 +24,13 @@ use oci_spec::runtime::{Hooks, Process as ProcessSpec};
 use tokio::{sync::watch, time::Instant};
 
 use crate::{
-    anchor::Anchor,
+    container::{
+        said::Said,
+        stdio::{Copies, Stdio},
+    },
     error::Error,
-    hooks::Context,
-    io::{Copies, Stdio},
-    journal::Resource,
+    host::{anchor::Anchor, etc_files::Names, hooks::Context, journal::Resource},
     limit::Limit,
-    names::Names,
-    said::Said,
 };
 
 /// Events of a container's lack of memory in ten seconds. Who listens sets a flag.

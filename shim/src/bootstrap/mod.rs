@@ -9,6 +9,8 @@
 //! Nothing tells 1.7 from 2.2, so the JSON reply says version 2, which both take; the daemon serves both versions.
 //! containerd reads stdout and stderr of `start` together: a failure is the only time that anything else is printed.
 
+pub mod watcher;
+
 use std::{
     env,
     ffi::OsString,
@@ -38,9 +40,11 @@ use vz_config::Config;
 use crate::{
     daemon,
     error::chain,
-    hooks,
-    journal::{self, Journal},
-    socket, watcher,
+    host::{
+        hooks,
+        journal::{self, Journal},
+        socket,
+    },
 };
 
 /// What containerd calls us.

@@ -25,7 +25,7 @@ use nix::{
 use oci_spec::runtime::{LinuxCpu, Spec};
 use vz_sys::process::Handle;
 
-use crate::journal::{self, Journal, Resource};
+use crate::host::journal::{self, Journal, Resource};
 
 /// Controllers that are of use here; on a host with cgroup v1 each has a hierarchy of its own.
 const CONTROLLERS: [&str; 4] = ["memory", "cpu", "cpuacct", "pids"];
@@ -97,7 +97,7 @@ impl Cgroup {
         }
         this.group.create().map_err(this.failed("make"))?;
         this.killed_before = this.killed();
-        let limited = crate::spec::limits(spec).1.is_some();
+        let limited = crate::container::spec::limits(spec).1.is_some();
         let bytes = i64::try_from(vm_mib.saturating_add(overhead_mib).saturating_mul(MIB)).unwrap_or(i64::MAX);
         let memory = MemoryResources { memory_hard_limit: limited.then_some(bytes), ..Default::default() };
         let cpu = CpuResources { shares: this.cpu.as_ref().and_then(LinuxCpu::shares), ..Default::default() };

@@ -13,7 +13,7 @@ use std::{
 
 use crate::{
     daemon::KNOWN,
-    journal::{self, Journal},
+    host::journal::{self, Journal},
 };
 
 /// The action that it is called with, in the form of containerd's own.

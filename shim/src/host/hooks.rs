@@ -24,7 +24,7 @@ use tokio::{
 };
 use vz_sys::surroundings::Surroundings;
 
-use crate::journal::{self, Journal};
+use crate::host::journal::{self, Journal};
 
 /// Most bytes of a failing hook's stderr that are quoted.
 const QUOTED: u64 = 2048;

@@ -25,7 +25,7 @@ use ttrpc::{
 };
 use vz_proto::{AgentClient, Empty, Event, Hello, LogRecord, Welcome, frame};
 
-use crate::{answers::Answers, error::Error, limit::Budget};
+use crate::{error::Error, guest::answers::Answers, limit::Budget};
 
 /// How long the handshake may take once the guest has connected.
 const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(10);

@@ -26,7 +26,7 @@ use tokio::{
 };
 use vz_sys::surroundings::Surroundings;
 
-use crate::logger::{self, Logger};
+use crate::container::logger::{self, Logger};
 
 /// First and longest pause before a fifo is looked at again for output that its client has not read yet.
 const UNREAD_PAUSES: (Duration, Duration) = (Duration::from_millis(2), Duration::from_secs(1));

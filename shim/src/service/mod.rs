@@ -22,12 +22,10 @@ use ttrpc::asynchronous::TtrpcContext;
 use vz_proto::{AgentClient, ContainerRequest, ProcessRequest, ResizePtyRequest as AgentResize};
 
 use crate::{
-    container::{Container, Exit, Process, State},
-    create,
+    container::{Container, Exit, Process, State, create, kill, stdio::Stdio},
     daemon::Report,
     error::{Error, chain},
-    io::Stdio,
-    kill, metrics,
+    guest::metrics,
     sandbox::Sandbox,
 };
 

@@ -18,22 +18,24 @@ use vz_proto::{
 };
 
 use crate::{
-    anchor::Anchor,
-    container::{Container, Exit, Process},
-    copyup,
-    disks::{self, Disk},
+    container::{
+        Container, Exit, Process, copyup,
+        spec::{self, Plan, ReadOnly},
+        stdio::{self, Guest, Stdio},
+    },
     error::{Error, chain},
-    hooks::{self, Context},
-    io::{self, Guest, Stdio},
-    journal::Resource,
-    mirror,
-    names::{Names, Source},
-    network,
-    offload::{self, Doing},
-    oom::Score,
+    host::{
+        anchor::Anchor,
+        disks::{self, Disk},
+        etc_files::{Names, Source},
+        hooks::{self, Context},
+        journal::Resource,
+        mirror, network,
+        offload::{self, Doing},
+        oom::Score,
+    },
     sandbox::{Sandbox, read_spec},
     service::process_request,
-    spec::{self, Plan, ReadOnly},
 };
 
 /// Makes a container that is ready to be started. After a failure nothing of it is left.
@@ -153,7 +155,7 @@ async fn host_side(sandbox: &Arc<Sandbox>, request: &CreateTaskRequest) -> Resul
     };
     let anchor = Anchor::start(&request.id, rootfs, sandbox.network.netns(), &admit).await?;
     sandbox.journal.process("anchor", anchor.pid())?;
-    let hold = anchor.hold().map_err(|source| Error::Anchor(crate::anchor::Error::Spawn(source)))?;
+    let hold = anchor.hold().map_err(|source| Error::Anchor(crate::host::anchor::Error::Spawn(source)))?;
     let context = Context {
         id: request.id.clone(),
         bundle: bundle.to_owned(),
@@ -197,7 +199,7 @@ async fn host_side(sandbox: &Arc<Sandbox>, request: &CreateTaskRequest) -> Resul
 async fn guest_side(sandbox: &Arc<Sandbox>, container: &Container, spec: Vec<u8>) -> Result<(), Error> {
     let id = &container.id;
     let stdio = &container.init.stdio;
-    let host = io::open(stdio, id, &sandbox.identity.namespace, sandbox.surroundings()).await?;
+    let host = stdio::open(stdio, id, &sandbox.identity.namespace, sandbox.surroundings()).await?;
     let connected = async {
         let news = sandbox.network.news(&sandbox.journal).await?;
         let network = news.description()?;
@@ -253,7 +255,7 @@ pub async fn start_exec(sandbox: &Arc<Sandbox>, container: &Arc<Container>, proc
     spec.set_terminal(Some(process.stdio.terminal));
     let spec = serde_json::to_vec(&spec::exec_process(spec))
         .map_err(|e| Error::Message { what: "write the guest's process", source: Box::new(e) })?;
-    let host = io::open(&process.stdio, &container.id, &sandbox.identity.namespace, sandbox.surroundings()).await?;
+    let host = stdio::open(&process.stdio, &container.id, &sandbox.identity.namespace, sandbox.surroundings()).await?;
     let (stdio, guest) = match connect_streams(sandbox, &process.stdio).await {
         Ok(connected) => connected,
         Err(error) => {

@@ -29,10 +29,12 @@ use vz_sys::mount as sys;
 
 use crate::{
     error::chain,
-    mount_table::{self, Entry},
-    offload,
+    host::{
+        mount_table::{self, Entry},
+        offload,
+        share::{HARMLESS, open_source},
+    },
     sandbox::Sandbox,
-    share::{HARMLESS, open_source},
 };
 
 /// Time between two looks at the mount table: bounds what a host costs that mounts all the time.

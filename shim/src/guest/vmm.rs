@@ -31,7 +31,7 @@ use vz_machine::{
 };
 use vz_sys::{channel::Channel, process::Process};
 
-use crate::{cgroup::Cgroup, oom::Score};
+use crate::host::{cgroup::Cgroup, oom::Score};
 
 /// Guest-made connections that wait to be taken up.
 const ACCEPTED_QUEUE: usize = 16;

@@ -24,7 +24,10 @@ use serde::{Deserialize, Serialize};
 use vz_net::netns::Netns;
 use vz_sys::process::Handle;
 
-use crate::{cgroup, error::chain, socket};
+use crate::{
+    error::chain,
+    host::{cgroup, socket},
+};
 
 /// Where all sandboxes keep their state; a tmpfs on every host that has systemd.
 pub const STATE_ROOT: &str = "/run/vz";

@@ -25,11 +25,11 @@ use vz_net::{netns::Netns, watch::Watch, wire, wire::Wiring};
 use vz_proto::{AgentClient, UpdateNetworkRequest};
 
 use crate::{
+    container::spec,
     error::{Error as RequestError, chain},
-    journal::{self, Journal, Resource},
-    reach::Reach,
+    guest::forward::Reach,
+    host::journal::{self, Journal, Resource},
     sandbox::Sandbox,
-    spec,
 };
 
 /// As many cards as every machine has room for.
