@@ -12,7 +12,7 @@ use std::{
     },
     path::PathBuf,
     process::ExitCode,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::Arc,
     time::Duration,
 };
 
@@ -22,30 +22,53 @@ use tokio::{net::UnixListener as TokioListener, runtime::Builder};
 use ttrpc::asynchronous::{Server, transport::Listener};
 use vz_config::Config;
 use vz_sys::{
+    error::chain,
     process::inherited_fd,
     surroundings::{Surroundings, raise_own_open_files},
 };
 
 use crate::{
-    error::{Error, chain},
     events,
     host::{
         journal::{self, Journal, Resource},
-        socket,
+        socket, unwind,
     },
     log,
-    sandbox::{self, Identity, Prepared},
-    service::Service,
+    report::{self, Report},
+    sandbox::{
+        self, Identity,
+        prepare::{self, Prepared},
+    },
+    service::task::Service,
 };
 
-/// What the daemon reports once its VM is on the way.
-pub const READY: &str = "ready\n";
-/// What it reports after that, once containerd has called: from then on containerd cleans up if the daemon dies.
-pub const KNOWN: &str = "known\n";
 /// Environment variable that carries containerd's ConfigPath from `start` to the daemon.
 pub const CONFIG_PATH: &str = "VZ_CONFIG_PATH";
 /// How long queued events and replies may take when the daemon is to exit.
 const FLUSH: Duration = Duration::from_secs(3);
+
+/// Why a daemon cannot serve.
+#[derive(Debug, thiserror::Error)]
+enum Error {
+    /// The host's mount namespace, for what runs there later.
+    #[error("take hold of the host's mount namespace")]
+    Surroundings(#[source] io::Error),
+    /// The sandbox.
+    #[error(transparent)]
+    Sandbox(Box<sandbox::Error>),
+    /// The inherited socket.
+    #[error("use socket")]
+    Socket(#[source] io::Error),
+    /// The server.
+    #[error("serve tasks")]
+    Serve(#[source] ttrpc::Error),
+}
+
+impl<E: Into<sandbox::Error>> From<E> for Error {
+    fn from(error: E) -> Self {
+        Self::Sandbox(Box::new(error.into()))
+    }
+}
 
 /// The daemon's process.
 pub fn main(flags: &Flags) -> ExitCode {
@@ -62,7 +85,7 @@ pub fn main(flags: &Flags) -> ExitCode {
         Ok(prepared) => prepared,
         Err(error) => {
             let dir = Journal::dir(&flags.namespace, &flags.id);
-            if let Err(error) = Journal::unwind(&dir, |_, _| ()) {
+            if let Err(error) = unwind::unwind(&dir, |_, _| ()) {
                 tracing::error!(error = chain(&error), "clean up");
             }
             return refuse(report, &chain(&error));
@@ -73,41 +96,11 @@ pub fn main(flags: &Flags) -> ExitCode {
         Err(error) => return refuse(report, &format!("start async runtime: {error}")),
     };
     let report = Report::new(report);
-    report.say(READY);
+    report.say(report::READY);
     let code = runtime.block_on(serve(identity, prepared, listener, report));
     // A thread that waits for a file system which hangs is not waited for.
     runtime.shutdown_background();
     code
-}
-
-/// The pipe to `start`, and to the watcher after it.
-#[derive(Debug)]
-pub struct Report(Mutex<Option<File>>);
-
-impl Report {
-    fn new(pipe: OwnedFd) -> Self {
-        Self(Mutex::new(Some(pipe.into())))
-    }
-
-    /// Tells the watcher that containerd has called, the first time.
-    pub fn known(&self) {
-        self.say(KNOWN);
-        *self.pipe() = None;
-    }
-
-    /// Nobody may be listening: `start` has been killed, or the caller watches over the daemon in a way of its own.
-    fn say(&self, line: &str) {
-        if let Some(pipe) = self.pipe().as_mut()
-            && let Err(error) = pipe.write_all(line.as_bytes())
-            && error.kind() != io::ErrorKind::BrokenPipe
-        {
-            tracing::error!(%error, line, "report");
-        }
-    }
-
-    fn pipe(&self) -> MutexGuard<'_, Option<File>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
 }
 
 fn refuse(report: OwnedFd, why: &str) -> ExitCode {
@@ -137,19 +130,19 @@ fn prepare(flags: &Flags, identity: &Identity) -> Result<Prepared, Error> {
     }
     let name = format!("{}/{}", identity.namespace, identity.id);
     let stderr = log::init(&identity.bundle, config.log_level.as_str(), &name);
-    let surroundings = Surroundings::current()
-        .map_err(|e| Error::Message { what: "take hold of the host's mount namespace", source: Box::new(e) })?;
+    let surroundings = Surroundings::current().map_err(Error::Surroundings)?;
     // Each stream of a process takes descriptors, and the usual soft limit is 1024.
     if let Err(error) = raise_own_open_files() {
         tracing::warn!(%error, "limit of open files stays as it is");
     }
-    let journal = Journal::create(&Journal::dir(&identity.namespace, &identity.id))?;
+    let dir = Journal::dir(&identity.namespace, &identity.id);
+    let journal = Journal::create(&dir)?;
     journal.process(journal::SHIM, nix::unistd::Pid::this().as_raw())?;
     let path = PathBuf::from(flags.socket.trim_start_matches("unix://"));
     // `start` has made it, and nobody takes it from a listener that lives.
     let inode = socket::inode(&path).ok();
     journal.made(Resource::Socket { path, inode })?;
-    sandbox::prepare(identity, config, journal, stderr.as_ref(), Arc::new(surroundings))
+    Ok(prepare::prepare(identity, config, journal, stderr.as_ref(), Arc::new(surroundings))?)
 }
 
 async fn serve(identity: Identity, prepared: Prepared, listener: UnixListener, report: Report) -> ExitCode {
@@ -159,16 +152,15 @@ async fn serve(identity: Identity, prepared: Prepared, listener: UnixListener, r
     let mut forwarding = tokio::spawn(queue.run());
     let served = async {
         let sandbox = prepared.run(identity, publisher)?;
-        let message = |what, source: io::Error| Error::Message { what, source: Box::new(source) };
-        listener.set_nonblocking(true).map_err(|e| message("use socket", e))?;
-        let listener = TokioListener::from_std(listener).map_err(|e| message("use socket", e))?;
-        let service = Service(sandbox.clone(), Arc::new(report));
+        listener.set_nonblocking(true).map_err(Error::Socket)?;
+        let listener = TokioListener::from_std(listener).map_err(Error::Socket)?;
+        let service = Service { sandbox: sandbox.clone(), report: Arc::new(report) };
         let mut services = create_task(Arc::new(service.clone()));
         // containerd 1.7 calls the same service by its older name; the messages are the same.
         let older = create_task(Arc::new(service));
         services.extend(older.into_iter().map(|(name, service)| (name.replace(".v3.", ".v2."), service)));
         let mut server = Server::new().add_listener(Listener::from(listener)).register_service(services);
-        server.start().await.map_err(|e| Error::Message { what: "serve tasks", source: Box::new(e) })?;
+        server.start().await.map_err(Error::Serve)?;
         sandbox.shutdown.notified().await;
         sandbox.destroy().await;
         // The reply to the request that ends us is on its way still.
@@ -181,7 +173,7 @@ async fn serve(identity: Identity, prepared: Prepared, listener: UnixListener, r
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!(error = chain(&error), "serve");
-            if let Err(error) = Journal::unwind(&dir, |_, _| ()) {
+            if let Err(error) = unwind::unwind(&dir, |_, _| ()) {
                 tracing::error!(error = chain(&error), "clean up");
             }
             ExitCode::FAILURE

@@ -3,7 +3,7 @@
 
 use std::{
     collections::HashSet,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex},
     time::Duration,
 };
 
@@ -16,6 +16,8 @@ use containerd_shim_protos::{
 };
 use tokio::sync::mpsc;
 use ttrpc::context;
+
+use crate::sync::lock;
 
 /// First pause before the daemon is dialled again; there is no event that tells of its return.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
@@ -70,7 +72,7 @@ impl Publisher {
 
     /// A container lacks memory. False where that is in the queue already.
     pub fn out_of_memory(&self, container: &str) -> bool {
-        let mut lacking = self.lacking.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut lacking = lock(&self.lacking);
         if !lacking.insert(container.to_owned()) {
             return false;
         }
@@ -125,7 +127,7 @@ impl Queue {
                 }
             }
             if let Some(container) = lacking {
-                self.lacking.lock().unwrap_or_else(PoisonError::into_inner).remove(&container);
+                lock(&self.lacking).remove(&container);
             }
         }
     }

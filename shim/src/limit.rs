@@ -1,9 +1,11 @@
 //! How much a guest may cause to be logged and published.
 
 use std::{
-    sync::{Mutex, PoisonError},
+    sync::Mutex,
     time::{Duration, Instant},
 };
+
+use crate::sync::lock;
 
 /// The length of a window.
 const WINDOW: Duration = Duration::from_secs(10);
@@ -30,7 +32,7 @@ impl Limit {
 
     /// Whether one more line may be written, and how many were left out before it.
     pub fn admit(&self) -> Option<u64> {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = lock(&self.state);
         if state.since.elapsed() >= WINDOW {
             (state.since, state.admitted) = (Instant::now(), 0);
         }
@@ -103,7 +105,7 @@ impl Budget {
 
     /// Takes a record of so many bytes out of the budget, or says how long it has to wait until it is asked for again.
     pub fn take(&self, bytes: u64, now: Instant) -> Result<(), Duration> {
-        let mut buckets = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut buckets = lock(&self.0);
         let Buckets { records, burst, day } = &mut *buckets;
         let wanted = [(records, 1), (burst, bytes), (day, bytes)];
         let mut wait = Duration::ZERO;

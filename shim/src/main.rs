@@ -9,15 +9,17 @@ use std::{env, process::ExitCode};
 mod bootstrap;
 mod container;
 mod daemon;
-mod error;
 mod events;
 mod fd;
 mod guest;
 mod host;
 mod limit;
 mod log;
+mod report;
 mod sandbox;
 mod service;
+mod spec;
+mod sync;
 
 fn main() -> ExitCode {
     let args: Vec<_> = env::args_os().collect();

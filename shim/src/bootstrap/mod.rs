@@ -36,15 +36,16 @@ use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
 };
 use vz_config::Config;
+use vz_sys::error::chain;
 
 use crate::{
     daemon,
-    error::chain,
     host::{
         hooks,
         journal::{self, Journal},
-        socket,
+        socket, unwind,
     },
+    report,
 };
 
 /// What containerd calls us.
@@ -123,9 +124,12 @@ pub enum Error {
         /// Why not.
         source: containerd_shim_protos::protobuf::Error,
     },
-    /// Cleaning up.
+    /// The journal of an earlier sandbox.
     #[error(transparent)]
     Journal(#[from] journal::Error),
+    /// Cleaning up.
+    #[error(transparent)]
+    Unwind(#[from] unwind::Error),
 }
 
 fn fail(action: &'static str) -> impl FnOnce(io::Error) -> Error {
@@ -353,8 +357,8 @@ fn spawn(options: &StartOptions, socket: &str, listener: UnixListener, bundle: &
     drop(command);
     let mut pipe =
         child.stdout.take().ok_or_else(|| fail("read the daemon's report")(io::ErrorKind::BrokenPipe.into()))?;
-    let why = match report(&mut pipe, START_DEADLINE).map_err(fail("read the daemon's report"))? {
-        Some(report) if report == daemon::READY => {
+    let why = match await_report(&mut pipe, START_DEADLINE).map_err(fail("read the daemon's report"))? {
+        Some(report) if report == report::READY => {
             let Err(error) = watcher::start(&options.namespace, &options.id, pipe.into()) else { return Ok(()) };
             child.kill().map_err(fail("kill the daemon"))?;
             let mut why = chain(&error);
@@ -395,7 +399,7 @@ fn left_behind(options: &StartOptions) -> Option<String> {
 }
 
 /// What a daemon reports: that it is ready, or all that it says before its end. `None` if neither comes by the deadline.
-fn report(from: &mut (impl Read + AsFd), deadline: Duration) -> io::Result<Option<String>> {
+fn await_report(from: &mut (impl Read + AsFd), deadline: Duration) -> io::Result<Option<String>> {
     let end = Instant::now() + deadline;
     let (mut said, mut part) = (Vec::new(), [0; 4096]);
     loop {
@@ -410,8 +414,8 @@ fn report(from: &mut (impl Read + AsFd), deadline: Duration) -> io::Result<Optio
             0 => return Ok(Some(String::from_utf8_lossy(&said).into_owned())),
             count => said.extend(part.get(..count).unwrap_or_default()),
         }
-        if said == daemon::READY.as_bytes() {
-            return Ok(Some(daemon::READY.to_owned()));
+        if said == report::READY.as_bytes() {
+            return Ok(Some(report::READY.to_owned()));
         }
     }
 }
@@ -463,7 +467,7 @@ fn print(bytes: &[u8]) -> Result<(), Error> {
 /// Takes away everything that the sandbox in `dir` owns, and runs the hooks that are due then. What is left is the error.
 fn take_away(dir: &Path, time: Duration) -> Result<(), Error> {
     let mut bundles = Vec::new();
-    let unwound = Journal::unwind_within(time, dir, |id, bundle| bundles.push((id.to_owned(), bundle.to_owned())));
+    let unwound = unwind::unwind_within(time, dir, |id, bundle| bundles.push((id.to_owned(), bundle.to_owned())));
     if bundles.is_empty() {
         return Ok(unwound?);
     }
@@ -563,17 +567,17 @@ mod tests {
     fn a_daemon_has_a_deadline() {
         let said = |script: &str, deadline| {
             let mut child = Command::new("sh").args(["-c", script]).stdout(Stdio::piped()).spawn().unwrap();
-            let said = report(child.stdout.as_mut().unwrap(), deadline).unwrap();
+            let said = await_report(child.stdout.as_mut().unwrap(), deadline).unwrap();
             child.kill().unwrap();
             child.wait().unwrap();
             said
         };
         let (short, long) = (Duration::from_millis(100), Duration::from_secs(30));
-        assert_eq!(said("echo ready", long).as_deref(), Some(daemon::READY));
+        assert_eq!(said("echo ready", long).as_deref(), Some(report::READY));
         assert_eq!(said("exit 1", long).as_deref(), Some(""));
         assert_eq!(said("printf no; sleep 0.1; printf ' bundle'", long).as_deref(), Some("no bundle"));
         assert_eq!(said("exec sleep 1000", short), None);
-        assert_eq!(said("echo ready; exec sleep 1000", long).as_deref(), Some(daemon::READY));
+        assert_eq!(said("echo ready; exec sleep 1000", long).as_deref(), Some(report::READY));
         // Other words are no end.
         assert_eq!(said("echo readily; exec sleep 1000", short), None);
     }

@@ -12,8 +12,8 @@ use std::{
 };
 
 use crate::{
-    daemon::KNOWN,
     host::journal::{self, Journal},
+    report::KNOWN,
 };
 
 /// The action that it is called with, in the form of containerd's own.

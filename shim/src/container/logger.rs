@@ -1,14 +1,16 @@
 //! A logging program (`binary://`): gets a process's output on descriptors 3 and 4, and says on 5 that it is ready.
 
 use std::{
+    collections::HashMap,
     ffi::CString,
+    fs::{File, OpenOptions},
     io,
     os::fd::{AsFd, OwnedFd},
     path::PathBuf,
     time::Duration,
 };
 
-use nix::{sched::CloneFlags, sys::signal::Signal};
+use nix::{fcntl::OFlag, sched::CloneFlags, sys::signal::Signal, unistd::pipe2};
 use tokio::{
     io::{AsyncReadExt, unix::AsyncFd},
     net::unix::pipe,
@@ -18,8 +20,6 @@ use vz_sys::{
     process::{Command, Process, Steps},
     surroundings::Surroundings,
 };
-
-use crate::container::stdio::{logger_pipe, null, query};
 
 /// How long it may take to be ready.
 const READY: Duration = Duration::from_secs(10);
@@ -74,7 +74,7 @@ impl Logger {
         let env = vec![text(&format!("CONTAINER_ID={id}"))?, text(&format!("CONTAINER_NAMESPACE={namespace}"))?];
         let (out_read, out) = logger_pipe().map_err(fail)?;
         let (err_read, err) = logger_pipe().map_err(fail)?;
-        let (ready, ready_write) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).map_err(|e| fail(e.into()))?;
+        let (ready, ready_write) = pipe2(OFlag::O_CLOEXEC).map_err(|e| fail(e.into()))?;
         let null = null().map_err(fail)?;
         let null = null.as_fd();
         let process = Command {
@@ -143,11 +143,66 @@ impl Logger {
     }
 }
 
+/// A pipe for a logging program: its end to read, and ours to write.
+fn logger_pipe() -> io::Result<(OwnedFd, OwnedFd)> {
+    let (read, write) = pipe2(OFlag::O_CLOEXEC)?;
+    let flags = OFlag::from_bits_retain(nix::fcntl::fcntl(write.as_fd(), nix::fcntl::FcntlArg::F_GETFL)?);
+    nix::fcntl::fcntl(write.as_fd(), nix::fcntl::FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+    Ok((read, write))
+}
+
+/// The `key=value` pairs of an address, percent-decoded.
+fn query(uri: &str) -> Vec<(String, String)> {
+    let Some((_, query)) = uri.split_once('?') else { return Vec::new() };
+    let pairs: HashMap<_, _> = query
+        .split('&')
+        .filter(|pair| !pair.is_empty())
+        .map(|pair| pair.split_once('=').unwrap_or((pair, "")))
+        .map(|(key, value)| (decode(key), decode(value)))
+        .collect();
+    let mut pairs: Vec<_> = pairs.into_iter().collect();
+    pairs.sort();
+    pairs
+}
+
+fn decode(text: &str) -> String {
+    let bytes = text.as_bytes();
+    let mut decoded = Vec::with_capacity(bytes.len());
+    let mut at = 0;
+    while at < bytes.len() {
+        let hex = bytes.get(at + 1..at + 3).and_then(|hex| std::str::from_utf8(hex).ok());
+        match (bytes[at], hex.and_then(|hex| u8::from_str_radix(hex, 16).ok())) {
+            (b'%', Some(byte)) => {
+                decoded.push(byte);
+                at += 3;
+                continue;
+            }
+            (b'+', _) => decoded.push(b' '),
+            (byte, _) => decoded.push(byte),
+        }
+        at += 1;
+    }
+    String::from_utf8_lossy(&decoded).into_owned()
+}
+
+/// Opens a file of the logging program's for reading what it says.
+fn null() -> io::Result<File> {
+    OpenOptions::new().read(true).write(true).open("/dev/null")
+}
+
 #[cfg(test)]
 mod tests {
     use std::{os::unix::fs::PermissionsExt, time::Instant};
 
     use super::*;
+
+    #[test]
+    fn an_addresss_pairs_are_decoded() {
+        assert_eq!(
+            query("binary:///b?_INTERNAL=%2Fvar%2Flib&x=a+b&flag"),
+            [("_INTERNAL", "/var/lib"), ("flag", ""), ("x", "a b")].map(|(k, v)| (k.to_owned(), v.to_owned()))
+        );
+    }
 
     /// A logging program in a shell's words; the directory is to live as long.
     fn program(script: &str) -> (tempfile::TempDir, String) {

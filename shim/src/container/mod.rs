@@ -1,222 +1,68 @@
-//! Containers and their processes: what state they are in, and in which order that becomes known.
+//! A container: its processes, what can be done to it, and in which order that becomes known.
 //!
 //! Order, as containerd's clients rely on it: a process's start is published before its exit, its exit after its output
 //! has been passed on (or a deadline), the init's exit after those of all other processes of the container. Once the
-//! init has ended, no other process is added or starts: see [`Container::close`].
-
-pub mod copyup;
-pub mod create;
-pub mod kill;
-pub mod logger;
-pub mod said;
-pub mod spec;
-pub mod stdio;
+//! init has ended, no other process is added or starts: see [`Container::close`]. [`exits`] keeps that order.
+//!
+//! A container is lent the host's and the guest's side of its sandbox. It knows neither the sandbox nor other containers.
 
 use std::{
     collections::HashMap,
     path::PathBuf,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::{Duration, SystemTime},
+    sync::{Arc, Mutex, MutexGuard},
+    time::{Duration, Instant},
 };
 
-use containerd_shim_protos::protobuf::well_known_types::timestamp::Timestamp;
-use oci_spec::runtime::{Hooks, Process as ProcessSpec};
-use tokio::{sync::watch, time::Instant};
+use oci_spec::runtime::Hooks;
+use tokio::sync::watch;
 
 use crate::{
-    container::{
-        said::Said,
-        stdio::{Copies, Stdio},
-    },
-    error::Error,
-    host::{anchor::Anchor, etc_files::Names, hooks::Context, journal::Resource},
+    events::Publisher,
+    guest::Guest,
+    host::{Host, anchor::Anchor, disks::Disk, etc_files::EtcFiles, hooks::Context, journal::Resource},
     limit::Limit,
+    sync::lock,
 };
 
-/// Events of a container's lack of memory in ten seconds. Who listens sets a flag.
-const OUT_OF_MEMORY: u32 = 1;
+pub mod copyup;
+pub mod create;
+pub mod delete;
+pub mod error;
+pub mod exec;
+pub mod exits;
+pub mod kill;
+pub mod logger;
+pub mod plan;
+pub mod process;
+pub mod said;
+pub mod start;
+pub mod stdio;
 
-/// How a process ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Exit {
-    /// Exit code, or 128 + signal.
-    pub status: u32,
-    /// When, by the host's clock.
-    pub at: SystemTime,
+pub use error::Error;
+pub use process::{Process, State};
+pub use said::Exit;
+
+/// What a container is lent of its sandbox.
+#[derive(Debug, Clone)]
+pub struct Lent {
+    /// The host's side.
+    pub host: Arc<Host>,
+    /// The guest's side.
+    pub guest: Arc<Guest>,
+    /// Where events go.
+    pub publisher: Publisher,
+    /// containerd's namespace.
+    pub namespace: String,
+    /// How long a process's output is waited for after its end.
+    pub drain_deadline: Duration,
+    /// When the sandbox was begun.
+    pub begun: Instant,
 }
 
-impl Exit {
-    /// A process that ended just now.
-    pub fn now(status: u32) -> Self {
-        Self { status, at: SystemTime::now() }
-    }
-
-    /// When, for a reply.
-    pub fn timestamp(&self) -> Timestamp {
-        self.at.into()
-    }
-}
-
-/// The state of a process.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum State {
-    /// It exists, and does not run yet.
-    Created,
-    /// It runs.
-    Running,
-    /// It has ended.
-    Stopped(Exit),
-}
-
-impl State {
-    /// Its name, as in errors.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Created => "created",
-            Self::Running => "running",
-            Self::Stopped(_) => "stopped",
-        }
-    }
-}
-
-/// A container's init or an exec process.
-#[derive(Debug)]
-pub struct Process {
-    /// Empty for the init.
-    pub exec_id: String,
-    /// As the client asked for.
-    pub stdio: Stdio,
-    /// What an exec process runs; the init's is in the bundle.
-    pub spec: Option<ProcessSpec>,
-    /// Held from before a start is asked for until it has been published, and while an exit is published.
-    pub transition: tokio::sync::Mutex<()>,
-    /// What the guest has said of it.
-    pub said: Said,
-    state: watch::Sender<State>,
-    /// Until when its output is waited for, once it is known that nobody will wait for long.
-    hurry: watch::Sender<Option<Instant>>,
-    streams: Mutex<Streams>,
-}
-
-/// What is between a process and its client.
-#[derive(Debug, Default)]
-struct Streams {
-    copies: Option<Arc<Copies>>,
-    /// A client may close stdin before the process, and with it the copies, is there.
-    stdin_closed: bool,
-}
-
-impl Process {
-    /// A process that does not run yet.
-    pub fn new(exec_id: &str, stdio: Stdio, spec: Option<ProcessSpec>) -> Self {
-        Self {
-            exec_id: exec_id.to_owned(),
-            stdio,
-            spec,
-            transition: tokio::sync::Mutex::default(),
-            said: Said::default(),
-            state: watch::Sender::new(State::Created),
-            hurry: watch::Sender::new(None),
-            streams: Mutex::default(),
-        }
-    }
-
-    /// Its state now.
-    pub fn state(&self) -> State {
-        *self.state.borrow()
-    }
-
-    /// It runs. False where it has ended already.
-    pub fn set_running(&self) -> bool {
-        self.state.send_if_modified(|state| match state {
-            State::Created => {
-                *state = State::Running;
-                true
-            }
-            _ => false,
-        })
-    }
-
-    /// It has ended. False where that was known already.
-    pub fn set_stopped(&self, exit: Exit) -> bool {
-        self.state.send_if_modified(|state| match state {
-            State::Stopped(_) => false,
-            state => {
-                *state = State::Stopped(exit);
-                true
-            }
-        })
-    }
-
-    /// Waits for its end.
-    pub async fn wait(&self) -> Exit {
-        let mut state = self.state.subscribe();
-        loop {
-            if let State::Stopped(exit) = *state.borrow_and_update() {
-                return exit;
-            }
-            if state.changed().await.is_err() {
-                // The sender is in self.
-                return Exit::now(255);
-            }
-        }
-    }
-
-    /// Sets the copies of its streams.
-    pub fn set_copies(&self, copies: Copies) {
-        let mut streams = lock(&self.streams);
-        if streams.stdin_closed {
-            copies.close_stdin();
-        }
-        streams.copies = Some(Arc::new(copies));
-    }
-
-    /// Its stdin ends after what its client has written.
-    pub fn close_stdin(&self) {
-        let mut streams = lock(&self.streams);
-        streams.stdin_closed = true;
-        if let Some(copies) = &streams.copies {
-            copies.close_stdin();
-        }
-    }
-
-    /// Waits until its output has been passed on: at most for `deadline`, and not after [`Process::hurry`].
-    pub async fn drain(&self, deadline: Duration) -> bool {
-        let Some(copies) = lock(&self.streams).copies.clone() else { return true };
-        tokio::select! {
-            drained = copies.drain(deadline) => drained,
-            () = self.hurried() => {
-                copies.give_up();
-                false
-            }
-        }
-    }
-
-    /// Its output is not waited for any longer than until then.
-    pub fn hurry(&self, by: Instant) {
-        self.hurry.send_if_modified(|known| match known {
-            Some(known) if *known <= by => false,
-            _ => {
-                *known = Some(by);
-                true
-            }
-        });
-    }
-
-    /// Waits for the time that was given to [`Process::hurry`].
-    pub async fn hurried(&self) {
-        let mut hurry = self.hurry.subscribe();
-        // The sender is in self.
-        let by = hurry.wait_for(Option::is_some).await.ok().and_then(|by| *by);
-        tokio::time::sleep_until(by.unwrap_or_else(Instant::now)).await;
-    }
-
-    /// Closes its streams.
-    pub async fn close(&self) {
-        let copies = lock(&self.streams).copies.take();
-        if let Some(copies) = copies {
-            copies.close().await;
-        }
+impl Lent {
+    /// Milliseconds since the sandbox was begun, for the log: `make bench` splits a start by these.
+    pub fn elapsed_ms(&self) -> u64 {
+        u64::try_from(self.begun.elapsed().as_millis()).unwrap_or(u64::MAX)
     }
 }
 
@@ -237,12 +83,15 @@ pub struct Container {
     pub poststop: Option<Resource>,
     /// The anchor's pid: the pid of every reply.
     pub pid: u32,
-    anchor: Mutex<Option<Anchor>>,
     /// Held while it is taken away, which happens once.
     pub deletion: tokio::sync::Mutex<()>,
+    lent: Lent,
+    /// Those of the VM's disks that are its.
+    disks: Vec<Disk>,
+    anchor: Mutex<Option<Anchor>>,
     /// Limits the events of its lack of memory.
-    pub out_of_memory: Limit,
-    _names: Option<Names>,
+    out_of_memory: Limit,
+    _etc_files: Option<EtcFiles>,
     execs: Mutex<Execs>,
     /// Ids of deleted exec processes that the guest has still to forget; each receiver is told when it has.
     forgetting: Mutex<HashMap<String, watch::Receiver<()>>>,
@@ -257,32 +106,6 @@ struct Execs {
 }
 
 impl Container {
-    /// A created container.
-    pub fn new(
-        init: Arc<Process>,
-        anchor: Anchor,
-        context: Context,
-        hooks: Hooks,
-        poststop: Option<Resource>,
-        names: Option<Names>,
-    ) -> Self {
-        Self {
-            id: context.id.clone(),
-            bundle: context.bundle.clone(),
-            init,
-            hooks,
-            poststop,
-            pid: anchor.pid().unsigned_abs(),
-            context,
-            anchor: Mutex::new(Some(anchor)),
-            deletion: tokio::sync::Mutex::default(),
-            out_of_memory: Limit::new(OUT_OF_MEMORY),
-            _names: names,
-            execs: Mutex::default(),
-            forgetting: Mutex::default(),
-        }
-    }
-
     /// Has the guest forget a deleted exec process by `work`, which nobody needs to wait for but its namesake.
     pub fn forget_exec(self: &Arc<Self>, exec_id: &str, work: impl Future<Output = ()> + Send + 'static) {
         let (container, id) = (self.clone(), exec_id.to_owned());
@@ -351,6 +174,31 @@ impl Container {
         Error::State { what: "container", id: self.id.clone(), state: "stopped", wanted: "must be running" }
     }
 
+    /// What a request is told that `process` must be in another state for.
+    pub fn wrong_state(&self, process: &Process, wanted: &'static str) -> Error {
+        let (what, id) = match process.exec_id.as_str() {
+            "" => ("container", &self.id),
+            _ => ("exec", &process.exec_id),
+        };
+        Error::State { what, id: id.clone(), state: process.state().name(), wanted }
+    }
+
+    /// Its metrics, in containerd's form.
+    pub async fn stats(&self) -> Result<Vec<u8>, Error> {
+        if self.init.state() != State::Running {
+            return Err(self.wrong_state(&self.init, "must be running"));
+        }
+        Ok(self.lent.guest.agent.stats(&self.id).await?)
+    }
+
+    /// Sets the size of a process's terminal. A process without one is left alone, as with runc.
+    pub async fn resize(&self, process: &Process, columns: u32, rows: u32) -> Result<(), Error> {
+        if process.stdio.terminal {
+            self.lent.guest.agent.resize_pty(&self.id, &process.exec_id, columns, rows).await?;
+        }
+        Ok(())
+    }
+
     /// Forgets an exec process. False where another one has its id by now.
     pub fn remove_exec(&self, process: &Arc<Process>) -> bool {
         let mut execs = self.execs();
@@ -384,42 +232,5 @@ impl Container {
 
     fn execs(&self) -> MutexGuard<'_, Execs> {
         lock(&self.execs)
-    }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_process_ends_once_and_does_not_run_again() {
-        let process = Process::new("", Stdio::default(), None);
-        assert_eq!(process.state().name(), "created");
-        assert!(process.set_stopped(Exit::now(7)));
-        assert!(!process.set_stopped(Exit::now(8)));
-        process.set_running();
-        assert!(matches!(process.state(), State::Stopped(Exit { status: 7, .. })));
-    }
-
-    #[tokio::test]
-    async fn all_who_wait_are_told() {
-        let process = Arc::new(Process::new("", Stdio::default(), None));
-        let waiting: Vec<_> = (0..5)
-            .map(|_| {
-                let process = process.clone();
-                tokio::spawn(async move { process.wait().await.status })
-            })
-            .collect();
-        tokio::task::yield_now().await;
-        process.set_running();
-        process.set_stopped(Exit::now(3));
-        for waiter in waiting {
-            assert_eq!(waiter.await.unwrap(), 3);
-        }
-        assert_eq!(process.wait().await.status, 3);
     }
 }

@@ -9,9 +9,25 @@
 //! Threat: the guest repeats itself, or reports what never was. A refused report costs a table lookup and nothing else:
 //! no task, no event, no memory.
 
+use std::time::SystemTime;
+
 use tokio::sync::watch;
 
-use crate::container::Exit;
+/// How a process ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Exit {
+    /// Exit code, or 128 + signal.
+    pub status: u32,
+    /// When, by the host's clock.
+    pub at: SystemTime,
+}
+
+impl Exit {
+    /// A process that ended just now.
+    pub fn now(status: u32) -> Self {
+        Self { status, at: SystemTime::now() }
+    }
+}
 
 /// How far the guest has come with a process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

@@ -6,8 +6,7 @@
 //! be waited for without its owner noticing; and when the other end goes, so does ours, and the process is told.
 
 use std::{
-    collections::HashMap,
-    fs::{File, OpenOptions},
+    fs::OpenOptions,
     io,
     os::fd::{AsFd, OwnedFd},
     path::PathBuf,
@@ -18,7 +17,6 @@ use std::{
     time::Duration,
 };
 
-use nix::{fcntl::OFlag, unistd::pipe2};
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
     net::{UnixStream, unix::pipe},
@@ -27,6 +25,7 @@ use tokio::{
 use vz_sys::surroundings::Surroundings;
 
 use crate::container::logger::{self, Logger};
+use crate::sync::lock;
 
 /// First and longest pause before a fifo is looked at again for output that its client has not read yet.
 const UNREAD_PAUSES: (Duration, Duration) = (Duration::from_millis(2), Duration::from_secs(1));
@@ -74,7 +73,7 @@ pub enum Error {
 
 /// containerd's side of a process's streams, open.
 #[derive(Debug)]
-pub struct Host {
+pub struct ClientEnds {
     stdin: Option<Stdin>,
     stdout: Option<Sink>,
     stderr: Option<Sink>,
@@ -97,7 +96,7 @@ enum Sink {
 
 /// The guest's side: a connected stream for each that is wanted.
 #[derive(Debug, Default)]
-pub struct Guest {
+pub struct GuestEnds {
     /// Towards the process; unused with a terminal.
     pub stdin: Option<UnixStream>,
     /// From the process; both ways with a terminal.
@@ -136,9 +135,9 @@ pub async fn open(
     id: &str,
     namespace: &str,
     surroundings: Option<&Surroundings>,
-) -> Result<Host, Error> {
+) -> Result<ClientEnds, Error> {
     let stdin = if stdio.stdin.is_empty() { None } else { Some(open_stdin(&stdio.stdin)?) };
-    let mut host = Host { stdin, stdout: None, stderr: None, logger: None };
+    let mut host = ClientEnds { stdin, stdout: None, stderr: None, logger: None };
     let (scheme, path) = split(&stdio.stdout);
     if scheme == "binary" {
         let want_stderr = !stdio.stderr.is_empty() && !stdio.terminal;
@@ -208,9 +207,9 @@ fn split(uri: &str) -> (&str, &str) {
     }
 }
 
-impl Host {
+impl ClientEnds {
     /// Starts copying.
-    pub fn connect(self, guest: Guest, terminal: bool) -> Copies {
+    pub fn connect(self, guest: GuestEnds, terminal: bool) -> Copies {
         let (mut outputs, mut aborts) = (Vec::new(), Vec::new());
         let mut hold = None;
         let (from_guest, mut to_guest) = match guest.stdout {
@@ -301,10 +300,6 @@ impl Copies {
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
-}
-
 async fn copy_out(stream: &'static str, mut from: impl AsyncRead + Unpin, sink: Sink) {
     let copied = match sink {
         Sink::Fifo(mut to) => {
@@ -360,53 +355,6 @@ async fn copy(mut from: impl AsyncRead + Unpin, mut to: impl AsyncWrite + Unpin)
     }
 }
 
-/// A pipe for a logging program: its end to read, and ours to write.
-pub(crate) fn logger_pipe() -> io::Result<(OwnedFd, OwnedFd)> {
-    let (read, write) = pipe2(OFlag::O_CLOEXEC)?;
-    let flags = OFlag::from_bits_retain(nix::fcntl::fcntl(write.as_fd(), nix::fcntl::FcntlArg::F_GETFL)?);
-    nix::fcntl::fcntl(write.as_fd(), nix::fcntl::FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
-    Ok((read, write))
-}
-
-/// The `key=value` pairs of an address, percent-decoded.
-pub(crate) fn query(uri: &str) -> Vec<(String, String)> {
-    let Some((_, query)) = uri.split_once('?') else { return Vec::new() };
-    let pairs: HashMap<_, _> = query
-        .split('&')
-        .filter(|pair| !pair.is_empty())
-        .map(|pair| pair.split_once('=').unwrap_or((pair, "")))
-        .map(|(key, value)| (decode(key), decode(value)))
-        .collect();
-    let mut pairs: Vec<_> = pairs.into_iter().collect();
-    pairs.sort();
-    pairs
-}
-
-fn decode(text: &str) -> String {
-    let bytes = text.as_bytes();
-    let mut decoded = Vec::with_capacity(bytes.len());
-    let mut at = 0;
-    while at < bytes.len() {
-        let hex = bytes.get(at + 1..at + 3).and_then(|hex| std::str::from_utf8(hex).ok());
-        match (bytes[at], hex.and_then(|hex| u8::from_str_radix(hex, 16).ok())) {
-            (b'%', Some(byte)) => {
-                decoded.push(byte);
-                at += 3;
-                continue;
-            }
-            (b'+', _) => decoded.push(b' '),
-            (byte, _) => decoded.push(byte),
-        }
-        at += 1;
-    }
-    String::from_utf8_lossy(&decoded).into_owned()
-}
-
-/// Opens a file of the logging program's for reading what it says.
-pub(crate) fn null() -> io::Result<File> {
-    OpenOptions::new().read(true).write(true).open("/dev/null")
-}
-
 #[cfg(test)]
 mod tests {
     use nix::{sys::stat::Mode, unistd::mkfifo};
@@ -418,10 +366,6 @@ mod tests {
         assert_eq!(split("/run/x"), ("fifo", "/run/x"));
         assert_eq!(split("fifo:///run/x"), ("fifo", "/run/x"));
         assert_eq!(split("binary:///bin/nerdctl?a=b"), ("binary", "/bin/nerdctl"));
-        assert_eq!(
-            query("binary:///b?_INTERNAL=%2Fvar%2Flib&x=a+b&flag"),
-            [("_INTERNAL", "/var/lib"), ("flag", ""), ("x", "a b")].map(|(k, v)| (k.to_owned(), v.to_owned()))
-        );
     }
 
     #[tokio::test]
@@ -433,7 +377,7 @@ mod tests {
         let host = open(&Stdio { stdout: uri, ..Default::default() }, "c1", "ns", None).await.unwrap();
         let mut reader = pipe::OpenOptions::new().open_receiver(&path).unwrap();
         let (ours, mut guest) = UnixStream::pair().unwrap();
-        let copies = host.connect(Guest { stdout: Some(ours), ..Default::default() }, false);
+        let copies = host.connect(GuestEnds { stdout: Some(ours), ..Default::default() }, false);
         let sent = vec![7; 300_000];
         let (sent2, writer) = (
             sent.clone(),
@@ -459,7 +403,7 @@ mod tests {
         drop((input, write));
         let (ours, mut process_in) = UnixStream::pair().unwrap();
         let (theirs, mut process_out) = UnixStream::pair().unwrap();
-        let copies = host.connect(Guest { stdin: Some(ours), stdout: Some(theirs), ..Default::default() }, false);
+        let copies = host.connect(GuestEnds { stdin: Some(ours), stdout: Some(theirs), ..Default::default() }, false);
         typed.write_all(b"hello").unwrap();
         drop(typed);
         let mut got = String::new();
@@ -481,7 +425,7 @@ mod tests {
         let uri = path.to_str().unwrap().to_owned();
         let host = open(&Stdio { stdin: uri, ..Default::default() }, "c1", "ns", None).await.unwrap();
         let (ours, mut guest) = UnixStream::pair().unwrap();
-        let copies = host.connect(Guest { stdin: Some(ours), ..Default::default() }, false);
+        let copies = host.connect(GuestEnds { stdin: Some(ours), ..Default::default() }, false);
         let mut client = pipe::OpenOptions::new().open_sender(&path).unwrap();
         client.write_all(b"hello").await.unwrap();
         copies.close_stdin();

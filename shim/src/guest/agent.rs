@@ -23,9 +23,9 @@ use ttrpc::{
     context::{self, Context},
     proto::MESSAGE_LENGTH_MAX,
 };
-use vz_proto::{AgentClient, Empty, Event, Hello, LogRecord, Welcome, frame};
+use vz_proto::{AgentClient, Empty, Event, Hello, Welcome, frame};
 
-use crate::{error::Error, guest::answers::Answers, limit::Budget};
+use super::{answers::Answers, error::Error, log::bounded};
 
 /// How long the handshake may take once the guest has connected.
 const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(10);
@@ -37,12 +37,6 @@ const MOST_REQUESTS: usize = 128;
 const LARGEST_REQUEST: u64 = (MESSAGE_LENGTH_MAX - 1024) as u64;
 /// How long the news of the VM's end may take after its connections have broken.
 const NEWS: Duration = Duration::from_secs(1);
-/// What a line of the log has around the guest's own words.
-const LINE_OVERHEAD: u64 = 200;
-/// Longest id that a guest's word is quoted with, in bytes; containerd's own limit is 76.
-pub const ID: usize = 128;
-/// Longest log message, in bytes.
-const LOG_LINE: usize = 4096;
 
 /// Whether the agent can be asked.
 #[derive(Debug, Clone)]
@@ -183,7 +177,7 @@ impl Agent {
     pub async fn booted(&self, deadline: Duration) -> Result<(), Error> {
         match timeout(deadline, self.client()).await {
             Ok(client) => client.map(drop),
-            Err(_) => Err(Error::AgentAway { what: "boot", after: deadline }),
+            Err(_) => Err(Error::Away { what: "boot", after: deadline }),
         }
     }
 
@@ -193,8 +187,8 @@ impl Agent {
         let known = state.wait_for(|state| matches!(state, State::Up(_) | State::Down(_))).await;
         match known.map(|state| state.clone()) {
             Ok(State::Up(Connected(client))) => Ok(client),
-            Ok(State::Down(why)) => Err(Error::Sandbox(why)),
-            Ok(State::Booting | State::Lost) | Err(_) => Err(Error::Sandbox("the sandbox has ended".into())),
+            Ok(State::Down(why)) => Err(Error::Ended(why)),
+            Ok(State::Booting | State::Lost) | Err(_) => Err(Error::Ended("the sandbox has ended".into())),
         }
     }
 
@@ -213,8 +207,6 @@ impl Agent {
 
     /// One request. The deadline is for all of it: the agent's return, the way there, and the answer.
     ///
-    /// A time-out says whether the agent was connected; a refusal has the agent's code and words. [`Error::Sandbox`]
-    /// means that the VM has ended, and nothing else does.
     pub async fn ask_within<T, R: Message, F>(
         &self,
         deadline: Duration,
@@ -230,7 +222,7 @@ impl Agent {
             return Err(Error::TooLarge { what, bytes, most: LARGEST_REQUEST });
         }
         let Ok(_place) = self.places.try_acquire() else {
-            return Err(Error::AgentBusy { what, most: MOST_REQUESTS });
+            return Err(Error::Busy { what, most: MOST_REQUESTS });
         };
         let begun = Instant::now();
         let asked = async {
@@ -246,7 +238,7 @@ impl Agent {
                     Err(self.late(what, deadline))
                 }
                 Err(ttrpc::Error::RpcStatus(status)) => {
-                    Err(Error::Agent { code: status.code(), message: bounded(status.message()).into() })
+                    Err(Error::Refused { code: status.code(), message: bounded(status.message()).into() })
                 }
                 Err(error) => Err(self.broken(what, &error).await),
             }
@@ -261,9 +253,9 @@ impl Agent {
     /// What a request is told whose time is up.
     fn late(&self, what: &'static str, after: Duration) -> Error {
         match &*self.state.borrow() {
-            State::Up(_) => Error::AgentTimeout { what, after },
-            State::Booting | State::Lost => Error::AgentAway { what, after },
-            State::Down(why) => Error::Sandbox(why.clone()),
+            State::Up(_) => Error::Timeout { what, after },
+            State::Booting | State::Lost => Error::Away { what, after },
+            State::Down(why) => Error::Ended(why.clone()),
         }
     }
 
@@ -271,7 +263,7 @@ impl Agent {
     async fn broken(&self, what: &'static str, error: &ttrpc::Error) -> Error {
         match timeout(NEWS, self.ended()).await {
             Ok(()) => self.why(),
-            Err(_) => Error::AgentLost { what, why: error.to_string() },
+            Err(_) => Error::Lost { what, why: error.to_string() },
         }
     }
 
@@ -284,53 +276,19 @@ impl Agent {
 
     fn why(&self) -> Error {
         match &*self.state.borrow() {
-            State::Down(why) => Error::Sandbox(why.clone()),
-            _ => Error::Sandbox("the sandbox has ended".into()),
+            State::Down(why) => Error::Ended(why.clone()),
+            _ => Error::Ended("the sandbox has ended".into()),
         }
     }
 
     /// Hands on every event of the connected agent until the connection is lost.
     pub async fn events(&self, mut each: impl FnMut(Event)) -> Result<(), Error> {
         let client = self.client().await?;
-        let failed = |error| Error::Message { what: "receive events of the guest agent", source: Box::new(error) };
+        let failed = |error: ttrpc::Error| Error::Lost { what: "the stream of events", why: error.to_string() };
         let mut stream = client.events(Context::default(), &Empty::default()).await.map_err(failed)?;
         while let Some(event) = stream.recv().await.map_err(failed)? {
             each(event);
         }
         Ok(())
     }
-}
-
-/// Passes the guest's log on until its connection ends. `budget` is the sandbox's, however many connections it makes;
-/// while there is none the connection is not read, and `throttled` is called.
-pub async fn forward_log(mut stream: UnixStream, budget: &Budget, throttled: impl Fn()) -> Result<(), frame::Error> {
-    loop {
-        let Some(record) = frame::read::<LogRecord>(&mut stream).await? else { return Ok(()) };
-        let (container, message) = (cut(&record.container_id, ID), bounded(&record.message));
-        let characters = message.escape_debug().count().saturating_add(container.escape_debug().count());
-        let bytes = u64::try_from(characters).unwrap_or(u64::MAX).saturating_add(LINE_OVERHEAD);
-        let mut waited = false;
-        while let Err(wait) = budget.take(bytes, Instant::now()) {
-            if !std::mem::replace(&mut waited, true) {
-                throttled();
-            }
-            tokio::time::sleep(wait).await;
-        }
-        match record.level.as_str() {
-            "error" => tracing::error!(target: "guest", container, "{message}"),
-            "warn" => tracing::warn!(target: "guest", container, "{message}"),
-            "info" => tracing::info!(target: "guest", container, "{message}"),
-            _ => tracing::debug!(target: "guest", container, "{message}"),
-        }
-    }
-}
-
-/// A guest's text, cut to what a log line may have.
-pub fn bounded(text: &str) -> &str {
-    cut(text, LOG_LINE)
-}
-
-/// A guest's text, cut to so many bytes.
-pub fn cut(text: &str, most: usize) -> &str {
-    &text[..text.floor_char_boundary(most)]
 }

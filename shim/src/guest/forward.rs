@@ -19,12 +19,12 @@ use tokio::{
 };
 use vz_net::netns::Netns;
 use vz_proto::{FORWARD_PORT, Forward, ForwardReply, frame};
-use vz_sys::steer::{self, Steering};
-
-use crate::{
-    error::{Error as RequestError, chain},
-    sandbox::Sandbox,
+use vz_sys::{
+    error::chain,
+    steer::{self, Steering},
 };
+
+use super::{Guest, vmm};
 
 /// Connections at the same time; more wait.
 const MOST: usize = 256;
@@ -33,14 +33,31 @@ const ANSWER: Duration = Duration::from_secs(10);
 /// How long a listener that has run out of something waits.
 const PAUSE: Duration = Duration::from_millis(100);
 
+/// Why a connection was not forwarded.
+#[derive(Debug, thiserror::Error)]
+enum Error {
+    /// The client's socket.
+    #[error("forward connection")]
+    Socket(#[source] io::Error),
+    /// The guest cannot be reached.
+    #[error(transparent)]
+    Dial(#[from] vmm::Error),
+    /// The guest did not say in time whether somebody listens.
+    #[error("forward connection: the guest did not answer within {} s", ANSWER.as_secs())]
+    Silent,
+    /// What the guest said.
+    #[error("forward connection")]
+    Answer(#[from] frame::Error),
+}
+
 /// The listener for all ports.
 #[derive(Debug)]
-pub struct Reach {
+pub struct Forwarding {
     listener: TcpListener,
     _steering: Steering,
 }
 
-impl Reach {
+impl Forwarding {
     /// Starts to take the connections to the loopback addresses of a network namespace.
     pub fn open(netns: &Netns) -> io::Result<Self> {
         // Of both families; its own port is of no importance.
@@ -51,15 +68,15 @@ impl Reach {
     }
 
     /// Forwards connections until the sandbox is gone.
-    pub async fn serve(self, sandbox: Weak<Sandbox>) {
+    pub async fn serve(self, guest: Weak<Guest>) {
         let places = Arc::new(Semaphore::new(MOST));
         loop {
             let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
             let accepted = self.listener.accept().await;
-            let Some(sandbox) = sandbox.upgrade() else { return };
+            let Some(guest) = guest.upgrade() else { return };
             match accepted {
                 Ok((stream, _)) => drop(tokio::spawn(async move {
-                    if let Err(error) = forward(stream, sandbox).await {
+                    if let Err(error) = forward(stream, guest).await {
                         tracing::debug!(error = chain(&error), "forwarded connection");
                     }
                     drop(place);
@@ -73,27 +90,22 @@ impl Reach {
     }
 }
 
-async fn forward(mut client: TcpStream, sandbox: Arc<Sandbox>) -> Result<(), RequestError> {
-    let failed =
-        |source: Box<dyn std::error::Error + Send + Sync>| RequestError::Message { what: "forward connection", source };
+async fn forward(mut client: TcpStream, guest: Arc<Guest>) -> Result<(), Error> {
     // What a client gets where nobody listens: a reset instead of an end of file.
-    client.set_zero_linger().map_err(|e| failed(e.into()))?;
-    let dialled: SocketAddr = client.local_addr().map_err(|e| failed(e.into()))?;
-    let mut guest = sandbox.vmm.dial(FORWARD_PORT, ANSWER).await?;
-    drop(sandbox);
+    client.set_zero_linger().map_err(Error::Socket)?;
+    let dialled: SocketAddr = client.local_addr().map_err(Error::Socket)?;
+    let mut stream = guest.vmm.dial(FORWARD_PORT, ANSWER).await?;
+    drop(guest);
     let address = match dialled.ip().to_canonical() {
         std::net::IpAddr::V4(ip) => ip.octets().to_vec(),
         std::net::IpAddr::V6(ip) => ip.octets().to_vec(),
     };
     let request = Forward { address, port: dialled.port().into(), ..Default::default() };
     let asked = async {
-        frame::write(&mut guest, &request).await?;
-        frame::read(&mut guest).await
+        frame::write(&mut stream, &request).await?;
+        frame::read::<ForwardReply>(&mut stream).await
     };
-    let reply: Option<ForwardReply> = timeout(ANSWER, asked)
-        .await
-        .map_err(|elapsed| failed(elapsed.into()))?
-        .map_err(|e: frame::Error| failed(e.into()))?;
+    let reply = timeout(ANSWER, asked).await.map_err(|_| Error::Silent)??;
     match reply.map(|reply| reply.errno) {
         Some(0) => {}
         errno => {
@@ -102,10 +114,10 @@ async fn forward(mut client: TcpStream, sandbox: Arc<Sandbox>) -> Result<(), Req
         }
     }
     nix::sys::socket::setsockopt(&client, nix::sys::socket::sockopt::Linger, &NO_LINGER)
-        .map_err(|e| failed(e.into()))?;
-    tokio::io::copy_bidirectional(&mut client, &mut guest).await.map_err(|e| failed(e.into()))?;
+        .map_err(|e| Error::Socket(e.into()))?;
+    tokio::io::copy_bidirectional(&mut client, &mut stream).await.map_err(Error::Socket)?;
     Ok(())
 }
 
-/// What was sent is sent on after the end, as is the default.
+/// Restores the default of close(2): unsent data is still delivered.
 const NO_LINGER: libc::linger = libc::linger { l_onoff: 0, l_linger: 0 };

@@ -9,7 +9,7 @@ use std::{
         unix::net::UnixStream as StdUnixStream,
     },
     sync::{
-        Mutex, MutexGuard, PoisonError,
+        Mutex, MutexGuard,
         atomic::{AtomicU64, Ordering},
     },
     time::Duration,
@@ -23,7 +23,7 @@ use tokio::{
     io::unix::AsyncFd,
     net::UnixStream,
     signal::unix::{SignalKind, signal},
-    sync::{mpsc, oneshot},
+    sync::{mpsc, oneshot, watch},
 };
 use vz_machine::{
     control::{self, BootConfig, Ended, Event, MachineKind, Request},
@@ -32,6 +32,7 @@ use vz_machine::{
 use vz_sys::{channel::Channel, process::Process};
 
 use crate::host::{cgroup::Cgroup, oom::Score};
+use crate::sync::lock;
 
 /// Guest-made connections that wait to be taken up.
 const ACCEPTED_QUEUE: usize = 16;
@@ -110,6 +111,8 @@ pub struct Vmm {
     dials: Mutex<HashMap<u64, oneshot::Sender<Result<OwnedFd, String>>>>,
     next: AtomicU64,
     status: Mutex<Option<WaitStatus>>,
+    /// Why the process counts as ended, although it is not gone.
+    given_up: watch::Sender<Option<String>>,
 }
 
 /// Where the vmm process is on the host.
@@ -161,6 +164,7 @@ impl Started {
             dials: Mutex::default(),
             next: AtomicU64::default(),
             status: Mutex::default(),
+            given_up: watch::Sender::default(),
         })
     }
 }
@@ -184,18 +188,24 @@ impl Vmm {
 
     /// Ends the VM and waits until its process, and with it everything in its pid namespace, is gone.
     ///
-    /// SIGKILL ends a stopped process too. One that the kernel holds in an uninterruptible wait is `TimedOut`: it ends
-    /// as soon as the kernel lets it go, and is in the journal until then.
-    pub async fn end(&self) -> io::Result<()> {
-        self.process.get_ref().kill(Signal::SIGKILL)?;
-        let gone = tokio::time::timeout(END_DEADLINE, self.process.readable());
-        gone.await.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??.retain_ready();
-        self.reap().map(drop)
+    /// SIGKILL ends a stopped process too. One that the kernel holds in an uninterruptible wait ends as soon as the kernel
+    /// lets it go, and is in the journal until then; it counts as ended, and [`Vmm::run`] says so.
+    pub async fn end(&self) {
+        let ended = async {
+            self.process.get_ref().kill(Signal::SIGKILL)?;
+            let gone = tokio::time::timeout(END_DEADLINE, self.process.readable());
+            gone.await.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??.retain_ready();
+            self.reap().map(drop)
+        };
+        if let Err(error) = ended.await {
+            tracing::error!(%error, "end vmm");
+            self.given_up.send_replace(Some(format!("the vmm process was killed and is not gone: {error}")));
+        }
     }
 
     /// How the process ended, however often and by whomever it is asked: the kernel says it once only.
     fn reap(&self) -> io::Result<WaitStatus> {
-        let mut status = self.status.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut status = lock(&self.status);
         if let Some(status) = *status {
             return Ok(status);
         }
@@ -233,9 +243,17 @@ impl Vmm {
 
     /// Hands on what the vmm says until it has ended; [`Notice::Ended`] is always the last.
     pub async fn run(&self, notices: mpsc::Sender<Notice>) {
+        let mut given_up = self.given_up.subscribe();
         let ended = loop {
-            match self.receive().await {
-                Ok(Some((Event::Ended(ended), _))) => break Some(ended),
+            let received = tokio::select! {
+                received = self.receive() => received,
+                // The sender is in self.
+                why = async { given_up.wait_for(Option::is_some).await.ok().and_then(|why| why.clone()) } => {
+                    break why.map(Err);
+                }
+            };
+            match received {
+                Ok(Some((Event::Ended(ended), _))) => break Some(Ok(ended)),
                 Ok(Some((event, fds))) => {
                     if let Some(notice) = self.dispatch(event, fds)
                         && notices.send(notice).await.is_err()
@@ -252,7 +270,7 @@ impl Vmm {
         };
         self.dials().clear();
         let ended = match ended {
-            Some(ended) => Ok(ended),
+            Some(ended) => ended,
             None => Err(self.died().await),
         };
         // Nobody listens any more only where the sandbox is being taken down.
@@ -316,7 +334,7 @@ impl Vmm {
     }
 
     fn dials(&self) -> MutexGuard<'_, HashMap<u64, oneshot::Sender<Result<OwnedFd, String>>>> {
-        self.dials.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.dials)
     }
 }
 

@@ -25,7 +25,10 @@ use nix::{
 use oci_spec::runtime::{LinuxCpu, Spec};
 use vz_sys::process::Handle;
 
-use crate::host::journal::{self, Journal, Resource};
+use super::{
+    journal::{self, Journal, Resource},
+    process,
+};
 
 /// Controllers that are of use here; on a host with cgroup v1 each has a hierarchy of its own.
 const CONTROLLERS: [&str; 4] = ["memory", "cpu", "cpuacct", "pids"];
@@ -97,7 +100,7 @@ impl Cgroup {
         }
         this.group.create().map_err(this.failed("make"))?;
         this.killed_before = this.killed();
-        let limited = crate::container::spec::limits(spec).1.is_some();
+        let limited = crate::spec::limits(spec).1.is_some();
         let bytes = i64::try_from(vm_mib.saturating_add(overhead_mib).saturating_mul(MIB)).unwrap_or(i64::MAX);
         let memory = MemoryResources { memory_hard_limit: limited.then_some(bytes), ..Default::default() };
         let cpu = CpuResources { shares: this.cpu.as_ref().and_then(LinuxCpu::shares), ..Default::default() };
@@ -224,7 +227,7 @@ pub fn remove(path: &Path, deadline: Instant) -> io::Result<()> {
 /// Waits until a cgroup may have become empty, or until the deadline.
 fn await_change(path: &Path, members: &[Handle], deadline: Instant) -> io::Result<()> {
     for member in members {
-        if !journal::wait(member, deadline)? {
+        if !process::wait(member, deadline)? {
             return Ok(());
         }
     }
@@ -308,7 +311,7 @@ mod tests {
         cgroup.add(i32::try_from(child.id()).unwrap()).unwrap();
         // Reaped by its parent as soon as it ends, as the daemon's processes are.
         let reaper = std::thread::spawn(move || child.wait().unwrap());
-        Journal::unwind(&dir, |_, _| ()).unwrap();
+        super::super::unwind::unwind(&dir, |_, _| ()).unwrap();
         assert!(!reaper.join().unwrap().success());
         assert!(paths.iter().all(|path| !path.exists()));
         for path in paths {

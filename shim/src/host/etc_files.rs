@@ -69,7 +69,7 @@ pub struct Source {
 
 /// Keeps a container's files up to date until it is dropped.
 #[derive(Debug)]
-pub struct Names(JoinHandle<()>);
+pub struct EtcFiles(JoinHandle<()>);
 
 #[derive(Debug)]
 struct Kept {
@@ -116,7 +116,7 @@ impl From<Errno> for Stale {
 #[derive(Debug)]
 struct Events(Inotify);
 
-impl Names {
+impl EtcFiles {
     /// Keeps these files. `None` if there are none that can be replaced.
     pub async fn keep(sources: Vec<Source>) -> io::Result<Option<Self>> {
         if sources.is_empty() {
@@ -132,7 +132,7 @@ impl Names {
     }
 }
 
-impl Drop for Names {
+impl Drop for EtcFiles {
     fn drop(&mut self) {
         self.0.abort();
     }
@@ -299,7 +299,7 @@ async fn read(events: &AsyncFd<Events>) -> io::Result<Vec<InotifyEvent>> {
 }
 
 /// Whether a container has one of these files at a path.
-pub fn is_name(destination: &Path) -> bool {
+pub fn is_etc_file(destination: &Path) -> bool {
     PATHS.iter().any(|path| destination == Path::new(path))
 }
 
@@ -366,7 +366,7 @@ mod tests {
     #[tokio::test]
     async fn a_file_that_is_moved_over_another_is_written_into_it() {
         let host = Host::new();
-        let _names = Names::keep(vec![host.source(false)]).await.unwrap().unwrap();
+        let _names = EtcFiles::keep(vec![host.source(false)]).await.unwrap().unwrap();
         for text in ["new\n", "newer\n"] {
             host.replace(text);
             host.sees(text).await;
@@ -384,7 +384,7 @@ mod tests {
     #[tokio::test]
     async fn a_file_with_another_name_keeps_its_content_until_that_is_gone() {
         let host = Host::new();
-        let _names = Names::keep(vec![host.source(false)]).await.unwrap().unwrap();
+        let _names = EtcFiles::keep(vec![host.source(false)]).await.unwrap().unwrap();
         fs::rename(host.path("hosts"), host.path("hosts.bak")).unwrap();
         host.replace("new\n");
         assert_eq!(host.kept_elsewhere().refresh().unwrap(), News::Named);
@@ -456,7 +456,7 @@ mod tests {
     #[tokio::test]
     async fn a_file_that_is_bound_read_only_is_not_followed() {
         let host = Host::new();
-        assert!(Names::keep(vec![host.source(true)]).await.unwrap().is_none());
-        assert!(Names::keep(Vec::new()).await.unwrap().is_none());
+        assert!(EtcFiles::keep(vec![host.source(true)]).await.unwrap().is_none());
+        assert!(EtcFiles::keep(Vec::new()).await.unwrap().is_none());
     }
 }

@@ -24,7 +24,7 @@ use tokio::{
 };
 use vz_sys::surroundings::Surroundings;
 
-use crate::host::journal::{self, Journal};
+use super::journal::{self, Journal};
 
 /// Most bytes of a failing hook's stderr that are quoted.
 const QUOTED: u64 = 2048;
@@ -132,7 +132,7 @@ pub async fn poststop(id: &str, bundle: &Path, journal: Option<&Journal>, launch
     let context = Context { id, bundle, pid: 0, annotations, hold: None, launch };
     for hook in &hooks {
         if let Err(error) = one("poststop", hook, &context, ContainerState::Stopped, journal).await {
-            tracing::warn!(error = %crate::error::chain(&error), "poststop hook");
+            tracing::warn!(error = %vz_sys::error::chain(&error), "poststop hook");
         }
     }
 }

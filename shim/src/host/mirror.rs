@@ -2,9 +2,9 @@
 //!
 //! The kernel could carry them to the guest's server by itself, as slaves of the host's mounts. Then an unmount on the host
 //! would be refused (EBUSY) for as long as the guest remembers a file there, because the server holds a descriptor for each.
-//! So the volume's own mounts are private, and this module does what propagation would: it watches the mount table of the
-//! shim's namespace, which follows the host's, clones what appears below a volume, and detaches the clone when the host
-//! unmounts.
+//! So the volume's own mounts are private, and this module does what propagation would: by the mount table of the shim's
+//! namespace, which follows the host's, it clones what appears below a volume, and detaches the clone when the host
+//! unmounts. [`super::mount_watch`] says when to look.
 //!
 //! Threat: the guest may rename directories of the volume at the same time. The place of a mount is found beneath the
 //! volume's source, without links, and must be the mount that the table names. It is attached beneath the volume. The worst
@@ -12,33 +12,15 @@
 
 use std::{
     collections::BTreeMap,
-    fs::File,
     io,
     os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
-    sync::{Arc, Weak, atomic::Ordering},
-    time::Duration,
 };
 
 use nix::{fcntl::OFlag, mount::MsFlags};
-use tokio::{
-    io::{Interest, unix::AsyncFd},
-    time::sleep,
-};
 use vz_sys::mount as sys;
 
-use crate::{
-    error::chain,
-    host::{
-        mount_table::{self, Entry},
-        offload,
-        share::{HARMLESS, open_source},
-    },
-    sandbox::Sandbox,
-};
-
-/// Time between two looks at the mount table: bounds what a host costs that mounts all the time.
-const PAUSE: Duration = Duration::from_millis(50);
+use super::mounts::{self, Entry, HARMLESS, open_source};
 
 /// A volume that follows the host's mounts.
 #[derive(Debug)]
@@ -56,7 +38,7 @@ impl Volume {
     pub fn new(source: &OwnedFd, root: OwnedFd, recursive: bool) -> io::Result<Self> {
         let source = std::fs::read_link(sys::path_of(source.as_fd()))?;
         let mut volume = Self { source, root, known: BTreeMap::new() };
-        for mount in mount_table::read()? {
+        for mount in mounts::read()? {
             let Some(below) = volume.below(&mount) else { continue };
             if !recursive {
                 volume.known.insert(mount.id, None);
@@ -134,44 +116,5 @@ impl Volume {
         sys::set_attributes(tree.as_fd(), HARMLESS, false)?;
         sys::attach_at(tree.as_fd(), self.open(below)?.as_fd())?;
         Ok(Some(tree))
-    }
-}
-
-/// Follows the host's mounts for all volumes of a sandbox that want it, until the sandbox is gone. Once is enough.
-pub fn watch(sandbox: &Arc<Sandbox>) {
-    if !sandbox.share.has_followers() || sandbox.share.watched.swap(true, Ordering::Relaxed) {
-        return;
-    }
-    let watched = File::open("/proc/self/mountinfo").and_then(crate::fd::watch_changes);
-    match watched {
-        Ok(table) => drop(tokio::spawn(follow(table, Arc::downgrade(sandbox)))),
-        Err(error) => tracing::warn!(%error, "mounts that the host makes later do not appear in volumes"),
-    }
-}
-
-async fn follow(table: AsyncFd<File>, sandbox: Weak<Sandbox>) {
-    let mut said = String::new();
-    loop {
-        let Some(sandbox) = sandbox.upgrade() else { return };
-        let deadline = sandbox.files_deadline();
-        let looked = offload::run(deadline, move |doing| {
-            doing.now("follow the host's mounts below volumes");
-            sandbox.share.follow()?;
-            Ok(())
-        });
-        if let Err(error) = looked.await {
-            let error = chain(&error);
-            // Mounts come in bursts, and one complaint about each failure is enough.
-            if error != said {
-                tracing::warn!(error, "a mount of the host's does not appear in a volume");
-                said = error;
-            }
-        }
-        sleep(PAUSE).await;
-        match table.ready(Interest::PRIORITY).await {
-            // Before the look, so that a change during it is another event.
-            Ok(mut ready) => ready.clear_ready(),
-            Err(error) => return tracing::error!(%error, "watch the mount table"),
-        }
     }
 }

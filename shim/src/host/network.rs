@@ -11,7 +11,7 @@ use std::{
     io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
-    sync::{Arc, Mutex as StdMutex, MutexGuard as StdMutexGuard, PoisonError},
+    sync::{Mutex as StdMutex, MutexGuard as StdMutexGuard},
     time::Instant,
 };
 
@@ -22,15 +22,10 @@ use tokio::{
 };
 use vz_machine::control::Nic;
 use vz_net::{netns::Netns, watch::Watch, wire, wire::Wiring};
-use vz_proto::{AgentClient, UpdateNetworkRequest};
 
-use crate::{
-    container::spec,
-    error::{Error as RequestError, chain},
-    guest::forward::Reach,
-    host::journal::{self, Journal, Resource},
-    sandbox::Sandbox,
-};
+use super::journal::{self, Journal, Resource};
+use crate::spec;
+use crate::sync::lock;
 
 /// As many cards as every machine has room for.
 const MOST_CARDS: usize = 4;
@@ -84,6 +79,12 @@ pub enum Error {
     /// The journal.
     #[error(transparent)]
     Journal(#[from] journal::Error),
+    /// The spec asks for a network that a VM cannot have.
+    #[error(transparent)]
+    Spec(#[from] spec::Error),
+    /// What the guest is to know of it.
+    #[error("describe network")]
+    Describe(#[source] serde_json::Error),
 }
 
 /// The network of a sandbox.
@@ -116,12 +117,11 @@ pub struct News<'n> {
 
 impl News<'_> {
     /// The description as the agent takes it; empty where it knows already.
-    pub fn description(&self) -> Result<Vec<u8>, RequestError> {
+    pub fn description(&self) -> Result<Vec<u8>, Error> {
         if *self.told == self.network {
             return Ok(Vec::new());
         }
-        let written = serde_json::to_vec(&self.network);
-        written.map_err(|e| RequestError::Message { what: "describe network", source: Box::new(e) })
+        serde_json::to_vec(&self.network).map_err(Error::Describe)
     }
 
     /// The guest has been told.
@@ -132,7 +132,7 @@ impl News<'_> {
 
 impl Network {
     /// Finds or makes the namespace that a sandbox's spec asks for, with cards for a VM with this many vCPUs.
-    pub fn prepare(spec: &Spec, vcpus: u32) -> Result<(Self, Cards), crate::error::Error> {
+    pub fn prepare(spec: &Spec, vcpus: u32) -> Result<(Self, Cards), Error> {
         let begun = Instant::now();
         let given = spec::netns(spec)?;
         let (network, cards) = Self::make(given, spec::networks(spec), vcpus)?;
@@ -177,15 +177,15 @@ impl Network {
     }
 
     /// Refuses a container of the sandbox that is to be in another network.
-    pub fn check(&self, spec: &Spec) -> Result<(), crate::error::Error> {
+    pub fn check(&self, spec: &Spec) -> Result<(), Error> {
         let Some(path) = spec::netns(spec)? else { return Ok(()) };
         let netns = Netns::open(&path).map_err(|source| Error::Open { path: path.clone(), source })?;
-        if self.wiring().netns().is(&netns) { Ok(()) } else { Err(Error::Other { path }.into()) }
+        if self.wiring().netns().is(&netns) { Ok(()) } else { Err(Error::Other { path }) }
     }
 
     /// Looks at the namespace, wires what is new, and says what the guest has to know. The first link that cannot be
     /// wired, and why, is returned apart.
-    async fn look(&self, journal: &Journal) -> Result<(News<'_>, Option<Error>), Error> {
+    pub async fn look(&self, journal: &Journal) -> Result<(News<'_>, Option<Error>), Error> {
         let told = self.told.lock().await;
         let begun = Instant::now();
         let (network, refused) = self.wiring().sync(|index, link| -> Result<(), Error> {
@@ -216,26 +216,22 @@ impl Network {
         Ok(())
     }
 
-    /// Tells the guest of all that changes from now on, and takes connections to it, until the sandbox is gone. Once is
-    /// enough.
-    pub fn watch(&self, sandbox: &Arc<Sandbox>) -> Result<(), Error> {
-        let mut watched = self.watched.lock().unwrap_or_else(PoisonError::into_inner);
+    /// A watch of the namespace, once: whoever asks first has the guest follow what changes.
+    pub fn watch(&self) -> Result<Option<AsyncFd<Watch>>, Error> {
+        let mut watched = lock(&self.watched);
         if std::mem::replace(&mut watched, true) {
-            return Ok(());
+            return Ok(None);
         }
-        let wiring = self.wiring();
-        let watch = Watch::start(wiring.netns()).and_then(crate::fd::watch).map_err(Error::Watch)?;
-        tokio::spawn(follow(watch, Arc::downgrade(sandbox)));
-        match Reach::open(wiring.netns()) {
-            Ok(reach) => drop(tokio::spawn(reach.serve(Arc::downgrade(sandbox)))),
-            // All else works without.
-            Err(error) => tracing::warn!(%error, "ports of the guest's localhost cannot be reached from the host"),
-        }
-        Ok(())
+        Watch::start(self.wiring().netns()).and_then(crate::fd::watch).map(Some).map_err(Error::Watch)
+    }
+
+    /// Calls `work` with the namespace.
+    pub fn with_netns<T>(&self, work: impl FnOnce(&Netns) -> T) -> T {
+        work(self.wiring().netns())
     }
 
     fn wiring(&self) -> StdMutexGuard<'_, Wiring> {
-        self.wiring.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.wiring)
     }
 }
 
@@ -259,51 +255,4 @@ fn find(path: &Path) -> Result<Netns, Error> {
         return Err(Error::Container { path: path.to_owned() });
     }
     Ok(netns)
-}
-
-/// Brings the guest up to date, which it must be before a container starts.
-pub async fn update(sandbox: &Sandbox) -> Result<(), RequestError> {
-    let news = sandbox.network.news(&sandbox.journal).await?;
-    tell(sandbox, news).await
-}
-
-async fn tell(sandbox: &Sandbox, news: News<'_>) -> Result<(), RequestError> {
-    let network = news.description()?;
-    if !network.is_empty() {
-        let request = UpdateNetworkRequest { network, ..Default::default() };
-        let call = async |agent: AgentClient, context, request| agent.update_network(context, &request).await;
-        sandbox.agent.ask("update network", request, call).await?;
-    }
-    news.done();
-    Ok(())
-}
-
-async fn follow(watch: AsyncFd<Watch>, sandbox: std::sync::Weak<Sandbox>) {
-    let mut said = String::new();
-    loop {
-        let mut ready = match watch.readable().await {
-            Ok(ready) => ready,
-            Err(error) => return tracing::error!(%error, "watch network"),
-        };
-        match watch.get_ref().take() {
-            Ok(_) => ready.clear_ready(),
-            Err(error) => return tracing::error!(%error, "watch network"),
-        }
-        let Some(sandbox) = sandbox.upgrade() else { return };
-        let done = match sandbox.network.look(&sandbox.journal).await {
-            Ok((news, refused)) => tell(&sandbox, news).await.and(refused.map_or(Ok(()), |e| Err(e.into()))),
-            Err(error) => Err(error.into()),
-        };
-        match done {
-            Ok(()) | Err(RequestError::Sandbox(_)) => {}
-            Err(error) => {
-                let error = chain(&error);
-                // News come in bursts, and one complaint about a link is enough.
-                if error != said {
-                    tracing::warn!(error, "network has changed, and the guest's has not");
-                    said = error;
-                }
-            }
-        }
-    }
 }

@@ -10,7 +10,10 @@ use nix::unistd::Pid;
 use oci_spec::runtime::Spec;
 use vz_sys::process::{own_oom_score, set_oom_score};
 
-use crate::error::Error;
+/// The spec asks for a score that no process can have.
+#[derive(Debug, thiserror::Error)]
+#[error("process.oomScoreAdj is {0}, must be from -1000 to 1000")]
+pub struct Error(i32);
 
 /// A score.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,7 +34,7 @@ impl Score {
         let wanted = spec.process().as_ref().and_then(oci_spec::runtime::Process::oom_score_adj);
         match wanted {
             Some(value) if (-1000..=1000).contains(&value) => Ok(Self { value, asked: true }),
-            Some(value) => Err(Error::Invalid(format!("process.oomScoreAdj is {value}, must be from -1000 to 1000"))),
+            Some(value) => Err(Error(value)),
             None => Ok(Self { value: own.max(0), asked: false }),
         }
     }

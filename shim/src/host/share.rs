@@ -24,7 +24,7 @@ use std::{
     },
     path::{Path, PathBuf},
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex,
         atomic::{AtomicBool, AtomicU32, Ordering},
     },
 };
@@ -41,15 +41,14 @@ use nix::{
 };
 use vz_sys::mount as sys;
 
-use crate::{
-    container::spec::{Bind, Propagation},
-    host::{mirror::Volume, mount_table},
+use super::{
+    mirror::Volume,
+    mounts::{self, HARMLESS, open_source},
 };
+use crate::sync::lock;
 
 /// Name of a container's root file system in its directory.
 pub const ROOTFS: &str = "rootfs";
-/// What a mount that the guest reaches never does on the host: the guest has its own devices, programs and privileges.
-pub const HARMLESS: u64 = libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NOEXEC;
 /// The same for mount(8), after all other options.
 const HARMLESS_OPTIONS: [&str; 3] = ["nodev", "nosuid", "noexec"];
 /// Bytes of options that mount(2) takes: a page, less its own bookkeeping.
@@ -99,6 +98,59 @@ fn at<E: Into<io::Error>>(action: &'static str, path: &Path) -> impl FnOnce(E) -
     move |e| Error::Path { action, path: path.to_owned(), source: e.into() }
 }
 
+/// A host file or directory that the guest sees below the share.
+#[derive(Debug)]
+pub struct Bind {
+    /// The host's path.
+    pub source: PathBuf,
+    /// What was found there; the path is not resolved again.
+    pub file: OwnedFd,
+    /// Whether that is a directory.
+    pub is_dir: bool,
+    /// Name in the container's directory of the share.
+    pub name: PathBuf,
+    /// What the guest cannot write.
+    pub readonly: ReadOnly,
+    /// With all that is mounted below.
+    pub recursive: bool,
+    /// Which later mounts of the host's the guest sees.
+    pub propagation: Propagation,
+    /// Whether it is one of the container's files that [`etc_files`](crate::host::etc_files) follows.
+    pub is_etc_file: bool,
+}
+
+/// What of a bind is read-only, as mount(8) has it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ReadOnly {
+    /// Nothing.
+    No,
+    /// The bind, and nothing that is mounted below (`ro`).
+    Top,
+    /// The bind and all mounts below (`rro`).
+    All,
+}
+
+impl ReadOnly {
+    /// Whether mounts below are read-only too; `None` where nothing is.
+    pub fn recursive(self) -> Option<bool> {
+        match self {
+            Self::No => None,
+            Self::Top => Some(false),
+            Self::All => Some(true),
+        }
+    }
+}
+
+/// Whether mounts that the host makes below a bind later appear in the guest, as mount_namespaces(7) has it. What the guest
+/// mounts never appears on the host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Propagation {
+    /// They do (`slave`, `rslave`); so it is where nothing is said.
+    Slave,
+    /// They do not (`private`, `rprivate`).
+    Private,
+}
+
 /// The share of a sandbox.
 #[derive(Debug)]
 pub struct Share {
@@ -106,7 +158,7 @@ pub struct Share {
     root: OwnedFd,
     places: Mutex<HashMap<String, Arc<Mutex<Live>>>>,
     /// Whether the host's mounts are being followed.
-    pub watched: AtomicBool,
+    watched: AtomicBool,
     /// Mount points that are in use for a moment, numbered.
     stages: AtomicU32,
 }
@@ -150,6 +202,11 @@ impl Share {
         sys::set_propagation(root.as_fd(), MsFlags::MS_SHARED.bits(), false).map_err(at("share", &path))?;
         let (places, watched, stages) = Default::default();
         Ok(Self { path, root, places, watched, stages })
+    }
+
+    /// True once: whoever asks first has the volumes follow the host's mounts.
+    pub fn claim_watch(&self) -> bool {
+        !self.watched.swap(true, Ordering::Relaxed)
     }
 
     /// Where the vmm finds it.
@@ -210,7 +267,7 @@ impl Share {
 
     /// Brings the volumes that follow the host's mounts up to date. The first failure is returned, after all has been tried.
     pub fn follow(&self) -> Result<(), Error> {
-        let table = mount_table::read().map_err(Error::Table)?;
+        let table = mounts::read().map_err(Error::Table)?;
         let places: Vec<_> = lock(&self.places).values().cloned().collect();
         let mut result = Ok(());
         for place in places {
@@ -365,12 +422,6 @@ impl Drop for Stage {
     }
 }
 
-/// Opens the source of a bind, once: the link, if it is one, is followed here. What has this descriptor decides on all else.
-pub fn open_source(path: &Path) -> io::Result<OwnedFd> {
-    let flags = OFlag::O_PATH.bits();
-    fs::File::options().read(true).custom_flags(flags).open(path).map(OwnedFd::from)
-}
-
 fn open_dir(dir: BorrowedFd<'_>, name: &Path) -> io::Result<OwnedFd> {
     sys::open_beneath(dir, name, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW)
 }
@@ -439,10 +490,6 @@ fn split_layers(lower: &str) -> Vec<PathBuf> {
     layers.into_iter().map(PathBuf::from).collect()
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 #[cfg(test)]
 mod tests {
     use std::{os::unix::fs::symlink, thread};
@@ -469,10 +516,10 @@ mod tests {
             file,
             is_dir: source.is_dir(),
             name: name.into(),
-            readonly: crate::container::spec::ReadOnly::No,
+            readonly: ReadOnly::No,
             recursive: true,
             propagation: Propagation::Slave,
-            is_name: false,
+            is_etc_file: false,
         }
     }
 
@@ -555,10 +602,10 @@ mod tests {
             mount(NONE, &volume, NONE, MsFlags::MS_SHARED, NONE).unwrap();
             tmpfs(&volume.join("early"));
             let place = share.place("c1").unwrap();
-            let variants: [(&str, crate::container::spec::ReadOnly, Propagation); 3] = [
-                ("mount0", crate::container::spec::ReadOnly::Top, Propagation::Slave),
-                ("mount1", crate::container::spec::ReadOnly::All, Propagation::Private),
-                ("mount2", crate::container::spec::ReadOnly::No, Propagation::Private),
+            let variants: [(&str, ReadOnly, Propagation); 3] = [
+                ("mount0", ReadOnly::Top, Propagation::Slave),
+                ("mount1", ReadOnly::All, Propagation::Private),
+                ("mount2", ReadOnly::No, Propagation::Private),
             ];
             for (name, readonly, propagation) in variants {
                 place.bind(&Bind { readonly, propagation, ..bind(&volume, name) }).unwrap();

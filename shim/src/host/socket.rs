@@ -23,7 +23,7 @@ use nix::{
     sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket},
 };
 
-use crate::host::journal::STATE_ROOT;
+use super::journal::STATE_ROOT;
 
 /// Held by one process of the host at a time, for a few system calls, none of which waits.
 ///

@@ -6,7 +6,6 @@
 
 use std::{
     cell::LazyCell,
-    collections::HashMap,
     fs::{self, File},
     io,
     os::{
@@ -22,10 +21,13 @@ use oci_spec::runtime::{
 };
 use vz_proto::{NETNS_PATH, SHARE_PATH};
 
-use crate::host::{
-    disks::{self, Disk},
-    mount_table::{self, Entry},
-    share::{ROOTFS, open_source},
+use crate::{
+    host::{
+        disks::{self, Disk},
+        mounts::{self, Entry, open_source},
+        share::{Bind, Propagation, ROOTFS, ReadOnly},
+    },
+    spec::{Error, unsupported},
 };
 
 /// Character devices that the guest has of its own, under the same name and number as every Linux host.
@@ -58,85 +60,6 @@ pub struct Plan {
     pub dropped: Vec<String>,
 }
 
-/// A host file or directory that the guest sees below the share.
-#[derive(Debug)]
-pub struct Bind {
-    /// The host's path.
-    pub source: PathBuf,
-    /// What was found there; the path is not resolved again.
-    pub file: OwnedFd,
-    /// Whether that is a directory.
-    pub is_dir: bool,
-    /// Name in the container's directory of the share.
-    pub name: PathBuf,
-    /// What the guest cannot write.
-    pub readonly: ReadOnly,
-    /// With all that is mounted below.
-    pub recursive: bool,
-    /// Which later mounts of the host's the guest sees.
-    pub propagation: Propagation,
-    /// Whether it is one of the container's [`names`](crate::host::etc_files).
-    pub is_name: bool,
-}
-
-/// What of a bind is read-only, as mount(8) has it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum ReadOnly {
-    /// Nothing.
-    No,
-    /// The bind, and nothing that is mounted below (`ro`).
-    Top,
-    /// The bind and all mounts below (`rro`).
-    All,
-}
-
-impl ReadOnly {
-    /// Whether mounts below are read-only too; `None` where nothing is.
-    pub fn recursive(self) -> Option<bool> {
-        match self {
-            Self::No => None,
-            Self::Top => Some(false),
-            Self::All => Some(true),
-        }
-    }
-}
-
-/// Whether mounts that the host makes below a bind later appear in the guest, as mount_namespaces(7) has it. What the guest
-/// mounts never appears on the host.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Propagation {
-    /// They do (`slave`, `rslave`); so it is where nothing is said.
-    Slave,
-    /// They do not (`private`, `rprivate`).
-    Private,
-}
-
-/// Why a spec cannot be run in a VM. Each names the field, and says what to do.
-#[derive(Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Error {
-    /// A part that every Linux container has is missing.
-    #[error("config.json has no {0}")]
-    Missing(&'static str),
-    /// Something that only works on the host itself.
-    #[error("{field}: {why}")]
-    Unsupported {
-        /// The spec's field, with its value.
-        field: String,
-        /// Why not, and what to use.
-        why: &'static str,
-    },
-    /// A bind mount's source does not exist.
-    #[error("mounts: bind source {source_path} for {destination}: {reason}")]
-    Source {
-        /// The host's path.
-        source_path: PathBuf,
-        /// Where the container would see it.
-        destination: PathBuf,
-        /// What stat(2) said.
-        reason: String,
-    },
-}
-
 /// Where the guest finds a container's directory of the share.
 fn place(container: &str) -> PathBuf {
     Path::new(SHARE_PATH).join(container)
@@ -154,7 +77,7 @@ pub fn plan(mut spec: Spec, container: &str, disks: &[Disk], looking: &dyn Fn(&P
     let own_ipc = has_namespace(&spec, LinuxNamespaceType::Ipc);
     if let Some(mounts) = spec.mounts_mut() {
         let table = LazyCell::new(|| {
-            mount_table::read().unwrap_or_else(|error| {
+            mounts::read().unwrap_or_else(|error| {
                 tracing::warn!(%error, "mounts below read-only volumes are read-only too");
                 Vec::new()
             })
@@ -203,10 +126,6 @@ fn refuse_foreign(spec: &Spec) -> Result<(), Error> {
         }
     }
     Ok(())
-}
-
-fn unsupported(field: impl Into<String>, why: &'static str) -> Error {
-    Error::Unsupported { field: field.into(), why }
 }
 
 /// Host security modules know nothing of what runs in the guest; the VM is the boundary.
@@ -283,9 +202,9 @@ fn guest_mount(
             "id-mapped mounts are not supported; change the files' owner, or leave the user namespace out",
         ));
     }
-    let is_name = kind.is_file() && crate::host::etc_files::is_name(&destination);
+    let is_etc_file = kind.is_file() && crate::host::etc_files::is_etc_file(&destination);
     let (file, is_dir) = (OwnedFd::from(file), kind.is_dir());
-    Ok(Some(Bind { source, file, is_dir, name, readonly, recursive, propagation, is_name }))
+    Ok(Some(Bind { source, file, is_dir, name, readonly, recursive, propagation, is_etc_file }))
 }
 
 /// Whether the source of a bind for /dev/shm is what clients make for a container's shared memory: an empty tmpfs for nothing
@@ -444,49 +363,6 @@ fn split_hooks(spec: &mut Spec) -> Hooks {
     hooks
 }
 
-/// What the VM must have for a container with these resources: CPUs and bytes, where limited.
-pub fn limits(spec: &Spec) -> (Option<u32>, Option<u64>) {
-    let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
-    let cpus = resources.and_then(|r| r.cpu().as_ref()).and_then(|cpu| {
-        let quota = u64::try_from(cpu.quota()?).ok().filter(|quota| *quota > 0)?;
-        let period = cpu.period().filter(|period| *period > 0).unwrap_or(100_000);
-        u32::try_from(quota.div_ceil(period)).ok()
-    });
-    let memory = resources
-        .and_then(|r| r.memory().as_ref())
-        .and_then(|memory| u64::try_from(memory.limit()?).ok())
-        .filter(|limit| *limit > 0 && *limit < 1 << 62);
-    (cpus, memory)
-}
-
-/// The annotations of a spec.
-pub fn annotations(spec: &Spec) -> HashMap<String, String> {
-    spec.annotations().clone().unwrap_or_default()
-}
-
-/// The network namespace that a spec names; nothing where it asks for a new one. The host's is refused.
-pub fn netns(spec: &Spec) -> Result<Option<PathBuf>, Error> {
-    let namespaces = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_ref());
-    let network = namespaces.into_iter().flatten().find(|namespace| namespace.typ() == LinuxNamespaceType::Network);
-    match network {
-        Some(network) => Ok(network.path().clone().filter(|path| !path.as_os_str().is_empty())),
-        None => Err(unsupported(
-            "linux.namespaces: no network",
-            "this asks for the host's network, which a VM cannot share: it has a network of its own; connect the container \
-             to a network and publish its ports (`-p`), or run it with `--net none`",
-        )),
-    }
-}
-
-/// To how many networks a client is going to connect a container, where it says.
-///
-/// nerdctl says so in an annotation before its hook makes the network.
-pub fn networks(spec: &Spec) -> Option<usize> {
-    let annotations = spec.annotations().as_ref()?;
-    let names: Vec<String> = serde_json::from_str(annotations.get("nerdctl/networks")?).ok()?;
-    Some(names.iter().filter(|name| *name != "none").count())
-}
-
 #[cfg(test)]
 mod tests {
     use serde_json::{Value, json};
@@ -521,6 +397,7 @@ mod tests {
         assert_eq!(guest["linux"]["namespaces"][1]["path"], NETNS_PATH);
         assert_eq!(guest["process"].get("apparmorProfile"), None);
         assert_eq!(guest["mounts"][0]["source"], "proc");
+        assert_eq!(guest["linux"]["namespaces"][1]["path"], NETNS_PATH);
     }
 
     #[test]
@@ -539,7 +416,7 @@ mod tests {
         let [bind] = &plan.binds[..] else { panic!("{:?}", plan.binds) };
         assert_eq!((bind.source.as_path(), bind.name.as_path()), (dir.path(), Path::new("mount0")));
         assert_eq!((bind.readonly, bind.propagation), (ReadOnly::Top, Propagation::Slave));
-        assert!(bind.is_dir && bind.recursive && !bind.is_name);
+        assert!(bind.is_dir && bind.recursive && !bind.is_etc_file);
         let mount = &plan.guest.mounts().as_ref().unwrap()[0];
         assert_eq!(mount.source().as_deref(), Some(Path::new("/run/vz/share/c1/mount0")));
     }
@@ -621,25 +498,6 @@ mod tests {
     }
 
     #[test]
-    fn the_network_is_the_named_one_or_a_new_one_and_never_the_hosts() {
-        let with = |namespaces: Value| netns(&spec(|v| v["linux"]["namespaces"] = namespaces));
-        assert!(with(json!([{ "type": "pid" }])).unwrap_err().to_string().contains("--net none"));
-        let named = with(json!([{ "type": "network", "path": "/run/netns/x" }])).unwrap();
-        assert_eq!(named.as_deref(), Some(Path::new("/run/netns/x")));
-        assert_eq!(with(json!([{ "type": "network", "path": "" }])).unwrap(), None);
-        assert_eq!(guest(spec(|_| ()))["linux"]["namespaces"][1]["path"], NETNS_PATH);
-    }
-
-    #[test]
-    fn nerdctl_says_how_many_networks_there_will_be() {
-        let count = |value: &str| networks(&spec(|v| v["annotations"] = json!({ "nerdctl/networks": value })));
-        assert_eq!(networks(&spec(|_| ())), None);
-        assert_eq!(count(r#"["none"]"#), Some(0));
-        assert_eq!(count(r#"["bridge","other"]"#), Some(2));
-        assert_eq!(count("?"), None);
-    }
-
-    #[test]
     fn limits_of_the_hosts_hardware_are_taken_out_and_said() {
         let plan = plan(
             spec(|v| {
@@ -653,7 +511,7 @@ mod tests {
             &[],
         )
         .unwrap();
-        assert_eq!(limits(&plan.guest), (Some(2), Some(67_108_864)));
+        assert_eq!(crate::spec::limits(&plan.guest), (Some(2), Some(67_108_864)));
         assert_eq!(plan.dropped.len(), 4, "{:?}", plan.dropped);
         let guest = serde_json::to_value(plan.guest).unwrap();
         assert_eq!(guest["linux"]["resources"]["memory"], json!({ "limit": 67_108_864 }));

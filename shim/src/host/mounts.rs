@@ -1,16 +1,26 @@
-//! The mounts of this thread's mount namespace: proc_pid_mountinfo(5).
+//! The mounts of this thread's mount namespace (proc_pid_mountinfo(5)), and what holds for each that is shared.
 
 use std::{
     ffi::OsString,
-    io,
-    os::unix::ffi::{OsStrExt, OsStringExt},
-    path::PathBuf,
+    fs, io,
+    os::{
+        fd::OwnedFd,
+        unix::{
+            ffi::{OsStrExt, OsStringExt},
+            fs::OpenOptionsExt,
+        },
+    },
+    path::{Path, PathBuf},
 };
 
+use nix::fcntl::OFlag;
 use procfs::{
     FromRead,
     process::{MountInfo, MountInfos},
 };
+
+/// What a mount that the guest reaches never does on the host: the guest has its own devices, programs and privileges.
+pub const HARMLESS: u64 = libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NOEXEC;
 
 /// A mount.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -54,6 +64,12 @@ fn unescape(text: &[u8]) -> PathBuf {
     PathBuf::from(OsString::from_vec(path))
 }
 
+/// Opens the source of a bind, once: the link, if it is one, is followed here. What has this descriptor decides on all else.
+pub fn open_source(path: &Path) -> io::Result<OwnedFd> {
+    let flags = OFlag::O_PATH.bits();
+    fs::File::options().read(true).custom_flags(flags).open(path).map(OwnedFd::from)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -72,6 +88,6 @@ mod tests {
 
     #[test]
     fn this_namespace_has_a_root() {
-        assert!(read().unwrap().iter().any(|mount| mount.point.as_path() == std::path::Path::new("/")));
+        assert!(read().unwrap().iter().any(|mount| mount.point.as_path() == Path::new("/")));
     }
 }

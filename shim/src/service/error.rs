@@ -1,0 +1,114 @@
+//! The one place where a failure becomes a ttrpc status.
+
+use ttrpc::{Code, get_status};
+use vz_sys::error::chain;
+
+use crate::{
+    container::{self, Error as Container},
+    guest::Error as Guest,
+    host::{Error as Host, cgroup, disks},
+};
+
+/// Why a request failed.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A container, or something of it.
+    #[error(transparent)]
+    Container(#[from] container::Error),
+    /// Not offered.
+    #[error("{0} is not supported by vz")]
+    Unimplemented(&'static str),
+}
+
+impl Error {
+    /// Whether the client asked after what is gone, which clients do as a matter of course.
+    pub fn is_gone(&self) -> bool {
+        matches!(self, Self::Container(Container::NotFound { .. } | Container::Finished))
+    }
+
+    fn code(&self) -> Code {
+        match self {
+            Self::Unimplemented(_) => Code::UNIMPLEMENTED,
+            Self::Container(error) => of_container(error),
+        }
+    }
+
+    /// What the client is told.
+    pub fn to_ttrpc(&self) -> ttrpc::Error {
+        ttrpc::Error::RpcStatus(get_status(self.code(), chain(self)))
+    }
+}
+
+fn of_container(error: &Container) -> Code {
+    match error {
+        Container::NotFound { .. } | Container::Finished => Code::NOT_FOUND,
+        Container::AlreadyExists { .. } => Code::ALREADY_EXISTS,
+        Container::State { .. } => Code::FAILED_PRECONDITION,
+        Container::Invalid(_) | Container::Spec(_) => Code::INVALID_ARGUMENT,
+        Container::Unconfirmed { .. } | Container::Unreported { .. } => Code::DEADLINE_EXCEEDED,
+        Container::CopyUp(_) | Container::Stdio(_) => Code::UNKNOWN,
+        Container::Host(error) => of_host(error),
+        Container::Guest(error) => of_guest(error),
+    }
+}
+
+fn of_host(error: &Host) -> Code {
+    use crate::host::{network, offload};
+    match error {
+        Host::Disk(disks::Error::Busy { .. }) => Code::FAILED_PRECONDITION,
+        Host::Disk(disks::Error::Missing { .. } | disks::Error::Late { .. })
+        | Host::Cgroup(cgroup::Error::Path(_))
+        | Host::Network(network::Error::Spec(_))
+        | Host::Score(_) => Code::INVALID_ARGUMENT,
+        Host::Files(offload::Error::Stuck { .. }) => Code::DEADLINE_EXCEEDED,
+        Host::Files(offload::Error::Panicked(_)) => Code::UNAVAILABLE,
+        _ => Code::UNKNOWN,
+    }
+}
+
+fn of_guest(error: &Guest) -> Code {
+    match error {
+        Guest::Ended(_) | Guest::Away { .. } | Guest::Lost { .. } => Code::UNAVAILABLE,
+        Guest::Timeout { .. } => Code::DEADLINE_EXCEEDED,
+        Guest::Busy { .. } => Code::RESOURCE_EXHAUSTED,
+        Guest::TooLarge { .. } => Code::INVALID_ARGUMENT,
+        Guest::Refused { code, .. } => *code,
+        Guest::Host(error) => of_host(error),
+        Guest::Vmm(_) | Guest::Metrics(_) | Guest::Stream(_) => Code::UNKNOWN,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    fn code(error: impl Into<Container>) -> Code {
+        match Error::from(error.into()).to_ttrpc() {
+            ttrpc::Error::RpcStatus(status) => status.code(),
+            other => panic!("{other}"),
+        }
+    }
+
+    #[test]
+    fn codes_are_the_ones_that_clients_look_for() {
+        assert_eq!(code(Container::Finished), Code::NOT_FOUND);
+        assert_eq!(code(Container::AlreadyExists { what: "exec", id: "x".into() }), Code::ALREADY_EXISTS);
+        let state = Container::State { what: "container", id: "x".into(), state: "running", wanted: "must be stopped" };
+        assert_eq!(state.to_string(), "container x is running, must be stopped");
+        assert_eq!(code(state), Code::FAILED_PRECONDITION);
+        assert_eq!(Error::Unimplemented("checkpoint").code(), Code::UNIMPLEMENTED);
+        let (what, after) = ("kill", Duration::from_secs(4));
+        assert_eq!(code(Guest::Timeout { what, after }), Code::DEADLINE_EXCEEDED);
+        assert_eq!(code(Guest::Away { what, after }), Code::UNAVAILABLE);
+        assert_eq!(code(Guest::Lost { what, why: "reset".into() }), Code::UNAVAILABLE);
+        assert_eq!(code(Guest::Ended("the vm has ended".into())), Code::UNAVAILABLE);
+    }
+
+    #[test]
+    fn a_chain_says_each_cause_once() {
+        let error = crate::host::anchor::Error::Spawn(std::io::Error::other("no memory"));
+        assert_eq!(chain(&Error::from(Container::from(error))), "start anchor process: no memory");
+    }
+}
