@@ -1,7 +1,9 @@
-# The guest bundles: {vmlinux,initramfs.img,youki,version.json}, of the profile container in out/container, of developer in out itself.
+# The guest bundles: {vmlinux,initramfs.img,youki,version.json}. The profile container has out/container,
+# developer has out itself.
 #
-# Each part is made by a script that knows whether its result is already there (kernel and youki by the hash of all that decides them, in
-# ~/.cache/vz; the agent by cargo), so the rules below always run them, and a run without changes costs about a second.
+# A script makes each part and knows whether its result is there: kernel and youki by the hash of all that decides
+# them, in ~/.cache/vz; the agent by cargo. So the rules below always run the scripts. A run without changes takes about
+# a second.
 
 KERNEL_PROFILE ?= container
 YOUKI_VERSION ?= 0.7.0
@@ -25,23 +27,29 @@ security_profile_container := constrained
 bundle_dir_container = $(OUT)/container
 security_profile_developer := broad
 bundle_dir_developer = $(OUT)
-security_profile = $(or $(security_profile_$(KERNEL_PROFILE)),$(error KERNEL_PROFILE=$(KERNEL_PROFILE) does not exist: there are container and developer))
+no_profile = KERNEL_PROFILE=$(KERNEL_PROFILE) does not exist: there are container and developer
+security_profile = $(or $(security_profile_$(KERNEL_PROFILE)),$(error $(no_profile)))
 bundle_dir = $(bundle_dir_$(KERNEL_PROFILE))
 
 .PHONY: bundle check-bundle kernel check-kernel agent youki payload check-payload
 
-bundle: ## Build a guest bundle: kernel, initramfs, youki, version.json; KERNEL_PROFILE=container or developer (cold: about 15 min)
-	@$(for_guest) $(bundle_scripts)/make '$(KERNEL_PROFILE)' '$(security_profile)' '$(bundle_dir)' '$(YOUKI_VERSION)' '$(AGENT)'
+##@ Guest bundle
 
-check-bundle: bundle ## Check the built bundle: checksums, PVH note, static programs, reproducible initramfs, bill of materials
+bundle: ## Build a guest bundle: kernel, initramfs, youki, version.json (KERNEL_PROFILE; cold: about 15 min)
+	@$(for_guest) $(bundle_scripts)/make '$(KERNEL_PROFILE)' '$(security_profile)' '$(bundle_dir)' \
+		'$(YOUKI_VERSION)' '$(AGENT)'
+
+check-bundle: ## Check the built bundle: checksums, PVH note, static programs, same initramfs, bill of materials
+check-bundle: bundle
 	@$(bundle_scripts)/check '$(bundle_dir)'
 
 # Always the container's, and this machine's.
-payload: ## Make what the release's programs and the crate vz-kernel have in them: the container's bundle, compressed
+payload: ## Compress the container's bundle for the release's programs and the crate vz-kernel
 	@$(MAKE) --no-print-directory bundle KERNEL_PROFILE=container OUT=$(OUT)
 	@$(bundle_scripts)/payload '$(OUT)/container' '$(bundle_root)/runtime/payload/$(subst _,-,$(host_arch))/payload'
 
-check-payload: payload ## Check it: the same files again, installed by many processes, and as a package below 10 MiB
+check-payload: ## Check the payload: same files, installed by many processes at once, a package below 10 MiB
+check-payload: payload
 	@$(bundle_scripts)/check-payload
 
 kernel: ## Build the guest kernel into the cache and print where it is
@@ -50,8 +58,9 @@ kernel: ## Build the guest kernel into the cache and print where it is
 
 check-kernel: ## Check the resolved kernel configuration: what must be in it, what must not
 	@: '$(security_profile)'
-	@entry=$$($(for_guest) $(bundle_root)/kernel/build --config '$(KERNEL_PROFILE)') && $(bundle_root)/kernel/check-config '$(KERNEL_PROFILE)' \
-		'$(guest_arch)' "$$entry/config" "$$entry/options"
+	@entry=$$($(for_guest) $(bundle_root)/kernel/build --config '$(KERNEL_PROFILE)') && \
+		$(bundle_root)/kernel/check-config '$(KERNEL_PROFILE)' '$(guest_arch)' \
+		"$$entry/config" "$$entry/options"
 
 agent: ## Build the static guest agent and print where it is
 	@$(for_guest) $(bundle_scripts)/agent

@@ -1,5 +1,13 @@
 # A private containerd to try vz on: see integration/devbox, "integration/devbox help".
-.PHONY: devbox-up devbox-down devbox-clean devbox-status
+.PHONY: shell devbox-up devbox-down devbox-clean devbox-status
+
+##@ Start here
+
+shell: ## Open a shell in a new microVM (SHELL_IMAGE=vz.test/debian:12 SHELL_OPTIONS='--memory 2g')
+shell: build bundle
+	@mk/shell
+
+##@ Devbox
 
 devbox-up: ## Start a private containerd with images and a registry (first time: about 6 min)
 	integration/devbox up

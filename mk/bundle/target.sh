@@ -12,7 +12,9 @@ target=$rust_arch-unknown-linux-gnu
 target_variable=$(tr 'a-z-' 'A-Z_' <<<"$target")
 libraries=/usr/lib/$rust_arch-linux-gnu
 linker=cc linker_package=gcc
-if [ "$rust_arch" != "$(uname -m)" ]; then linker=$rust_arch-linux-gnu-gcc linker_package=gcc-${rust_arch/_/-}-linux-gnu; fi
+if [ "$rust_arch" != "$(uname -m)" ]; then
+    linker=$rust_arch-linux-gnu-gcc linker_package=gcc-${rust_arch/_/-}-linux-gnu
+fi
 
 need_target() {
     local missing=()
@@ -22,8 +24,10 @@ need_target() {
     fi
     command -v "$linker" >/dev/null || missing+=("the compiler $linker: apt-get install $linker_package")
     # Debian's cross compilers have a libc of their own.
-    [ -f "$libraries/libc.a" ] || [ -f "/usr/$rust_arch-linux-gnu/lib/libc.a" ] || missing+=("a static libc: apt-get install libc6-dev-$debian_arch-cross")
-    [ -f "$libraries/libseccomp.a" ] || missing+=("$libraries/libseccomp.a: apt-get install libseccomp-dev:$debian_arch")
+    [ -f "$libraries/libc.a" ] || [ -f "/usr/$rust_arch-linux-gnu/lib/libc.a" ] ||
+        missing+=("a static libc: apt-get install libc6-dev-$debian_arch-cross")
+    [ -f "$libraries/libseccomp.a" ] ||
+        missing+=("$libraries/libseccomp.a: apt-get install libseccomp-dev:$debian_arch")
     [ ${#missing[@]} -eq 0 ] && return
     printf "%s\n" "${missing[@]/#/$1: error: missing for ARCH=$arch: }" >&2
     if [ "$rust_arch" != "$(uname -m)" ]; then
