@@ -27,6 +27,7 @@ tests![
     who_waits_for_a_lock_can_be_killed,
     appends_of_many_are_whole,
     a_database_has_two_writers,
+    a_file_that_locks_is_believed_by_all,
     access_lists_count,
     more_files_are_known_than_can_be_open,
 ];
@@ -231,6 +232,44 @@ fn a_database_has_two_writers(lab: &Lab) -> Verdict {
     }
     let all = "import sqlite3; print(*sqlite3.connect('/v/db').execute('select count(*), max(number) from counts').fetchone())";
     assert_eq!(containers[0].exec(&["python3", "-c", all]).run().ok(), "80 80");
+    Ok(())
+}
+
+/// Counts up in one file, which is replaced under a lock that is a name: a file, a directory, a link.
+const NAMED_LOCKS: &str = r#"
+import os, sys, time
+how, who = sys.argv[1:3]
+def make():
+    if how == 'file': os.close(os.open('/v/lock', os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+    if how == 'directory': os.mkdir('/v/lock')
+    if how == 'link': os.link('/v/of-' + who, '/v/lock')
+    if how == 'symlink': os.symlink(who, '/v/lock')
+open('/v/of-' + who, 'w').close()
+for i in range(60):
+    while True:
+        try: make(); break
+        except FileExistsError: time.sleep(0.003)
+    number = int(open('/v/' + how).read())
+    with open('/v/new-' + who, 'w') as new: new.write(str(number + 1))
+    os.rename('/v/new-' + who, '/v/' + how)
+    os.rmdir('/v/lock') if how == 'directory' else os.unlink('/v/lock')
+"#;
+
+fn a_file_that_locks_is_believed_by_all(lab: &Lab) -> Verdict {
+    let dir = lab.dir();
+    let volume = format!("{}:/v", dir.path().display());
+    let containers = ["a", "b"].map(|who| Container::start(lab, who, &["-v", &volume, DEBIAN, "sleep", "1000"]));
+    for how in ["file", "directory", "link", "symlink"] {
+        fs::write(dir.path().join(how), "0").expect("write a file");
+        let count = |container: &Container<'_>| {
+            container.exec(&["python3", "-c", NAMED_LOCKS, how, &container.name]).deadline(300).start()
+        };
+        let running: Vec<_> = containers.iter().map(count).collect();
+        for one in running {
+            one.wait().ok();
+        }
+        assert_eq!(fs::read_to_string(dir.path().join(how)).expect("read the count"), "120", "under a {how}");
+    }
     Ok(())
 }
 
