@@ -292,3 +292,153 @@ impl Agent {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use async_trait::async_trait;
+    use ttrpc::{
+        asynchronous::{Server, TtrpcContext, transport::Listener},
+        get_status,
+    };
+    use vz_proto::{Agent as Service, ContainerRequest, StatsResponse, create_agent};
+
+    use super::*;
+    use crate::sync::lock;
+
+    const VERSION: &str = "1.2.3";
+    const SOON: Duration = Duration::from_millis(50);
+    const LATE: Duration = Duration::from_secs(60);
+
+    /// An agent whose answer to every request about statistics is the container's id: a code, or nothing at all.
+    struct Fake;
+
+    #[async_trait]
+    impl Service for Fake {
+        async fn stats(&self, _: &TtrpcContext, request: ContainerRequest) -> ttrpc::Result<StatsResponse> {
+            match request.container_id.as_str() {
+                "silent" => std::future::pending().await,
+                "refused" => Err(ttrpc::Error::RpcStatus(get_status(Code::NOT_FOUND, "no such container"))),
+                "talkative" => Err(ttrpc::Error::RpcStatus(get_status(Code::INTERNAL, "x".repeat(2 * 4096)))),
+                _ => Ok(StatsResponse::default()),
+            }
+        }
+    }
+
+    fn link(deadline: Duration) -> Agent {
+        Agent::new(deadline, "info")
+    }
+
+    /// Says hello on a new connection; the guest's end of it.
+    async fn hello(agent: &Agent, version: &str) -> Result<UnixStream, HandshakeError> {
+        let (ours, mut guest) = UnixStream::pair().unwrap();
+        let hello = Hello { agent_version: version.into(), ..Default::default() };
+        frame::write(&mut guest, &hello).await.unwrap();
+        agent.connect(ours, VERSION, "host").await?;
+        let welcome: Welcome = frame::read(&mut guest).await.unwrap().unwrap();
+        assert_eq!((welcome.hostname.as_str(), welcome.seed.len()), ("host", 64));
+        Ok(guest)
+    }
+
+    /// Connects an agent that answers. It does so until the server is dropped.
+    async fn answering(agent: &Agent) -> Server {
+        let guest = hello(agent, VERSION).await.unwrap();
+        let once = Box::pin(futures::stream::once(async { Ok::<_, std::io::Error>(guest) }));
+        let mut server = Server::new().add_listener(Listener::new(once)).register_service(create_agent(Arc::new(Fake)));
+        server.start().await.unwrap();
+        server
+    }
+
+    #[tokio::test]
+    async fn an_agent_of_the_bundle_is_connected_and_no_other() {
+        let agent = link(SOON);
+        assert!(matches!(hello(&agent, "0.0.1").await, Err(HandshakeError::Version { found, .. }) if found == "0.0.1"));
+        let (ours, guest) = UnixStream::pair().unwrap();
+        drop(guest);
+        assert!(matches!(agent.connect(ours, VERSION, "host").await, Err(HandshakeError::Closed)));
+        assert!(agent.is_free().await);
+        let _guest = hello(&agent, VERSION).await.unwrap();
+        assert!(!agent.is_free().await);
+        agent.lost();
+        assert!(agent.is_free().await);
+    }
+
+    #[tokio::test]
+    async fn a_request_says_why_it_has_no_answer() {
+        let agent = link(SOON);
+        let error = agent.stats("c").await.unwrap_err();
+        assert!(matches!(error, Error::Away { what: "stats", .. }) && error.is_open(), "{error}");
+        let server = answering(&agent).await;
+        let error = agent.stats("silent").await.unwrap_err();
+        assert!(matches!(error, Error::Timeout { what: "stats", .. }) && error.is_open(), "{error}");
+        assert!(agent.stats("refused").await.unwrap_err().is_not_found());
+        let error = agent.stats("talkative").await.unwrap_err();
+        assert!(matches!(&error, Error::Refused { message, .. } if message.len() == 4096), "{error}");
+        agent.stats("c").await.unwrap();
+        agent.down("the vm has ended");
+        drop(server);
+        assert!(matches!(agent.stats("c").await.unwrap_err(), Error::Ended(why) if &*why == "the vm has ended"));
+    }
+
+    #[tokio::test]
+    async fn the_vms_end_answers_all_who_wait() {
+        let agent = Arc::new(link(LATE));
+        let waiting: Vec<_> = (0..5)
+            .map(|_| {
+                let agent = agent.clone();
+                tokio::spawn(async move { agent.stats("c").await })
+            })
+            .collect();
+        tokio::task::yield_now().await;
+        agent.down("over");
+        for waiter in waiting {
+            assert!(matches!(waiter.await.unwrap().unwrap_err(), Error::Ended(_)));
+        }
+        // It does not come back.
+        assert!(hello(&agent, VERSION).await.is_ok());
+        assert!(matches!(agent.stats("c").await.unwrap_err(), Error::Ended(_)));
+    }
+
+    #[tokio::test]
+    async fn requests_are_bounded_in_size_and_number() {
+        let agent = Arc::new(link(LATE));
+        let large = agent.update_network(vec![0; 5 << 20]).await.unwrap_err();
+        assert!(matches!(large, Error::TooLarge { what: "update network", .. }), "{large}");
+        let waiting: Vec<_> = (0..MOST_REQUESTS)
+            .map(|_| {
+                let agent = agent.clone();
+                tokio::spawn(async move { agent.stats("c").await })
+            })
+            .collect();
+        while agent.places.available_permits() > 0 {
+            tokio::task::yield_now().await;
+        }
+        assert!(matches!(agent.stats("c").await.unwrap_err(), Error::Busy { most: MOST_REQUESTS, .. }));
+        agent.down("over");
+        for waiter in waiting {
+            waiter.await.unwrap().unwrap_err();
+        }
+    }
+
+    #[tokio::test]
+    async fn requests_wait_for_an_agent_that_comes_back() {
+        let agent = Arc::new(link(LATE));
+        let first = hello(&agent, VERSION).await.unwrap();
+        drop(first);
+        agent.lost();
+        let answered = Arc::new(Mutex::new(false));
+        let waiting = {
+            let (agent, answered) = (agent.clone(), answered.clone());
+            tokio::spawn(async move {
+                agent.stats("c").await.unwrap();
+                *lock(&answered) = true;
+            })
+        };
+        tokio::task::yield_now().await;
+        assert!(!*lock(&answered));
+        let _server = answering(&agent).await;
+        waiting.await.unwrap();
+        assert!(*lock(&answered));
+    }
+}
