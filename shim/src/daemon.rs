@@ -74,8 +74,8 @@ impl<E: Into<sandbox::Error>> From<E> for Error {
 pub fn main(flags: &Flags) -> ExitCode {
     let (Ok(listener), Ok(report)) = (take_over(0), take_over(1)) else { return ExitCode::FAILURE };
     let listener = UnixListener::from(listener);
-    // The daemon is the one to be sacrificed when memory is short, before containerd, whose score `start` has. A host that
-    // forbids it loses nothing else.
+    // The daemon is the one to be sacrificed when memory is short, before containerd, whose score `start` has. A host
+    // that forbids it loses nothing else.
     drop(containerd_shim::cgroup::adjust_oom_score(std::process::id()));
     let identity = match env::current_dir() {
         Ok(bundle) => Identity { namespace: flags.namespace.clone(), id: flags.id.clone(), bundle },

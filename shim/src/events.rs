@@ -53,8 +53,9 @@ pub struct Queue {
 /// A publisher of events of `namespace` to the daemon that serves ttrpc at `address`; to nobody where that is empty.
 ///
 /// The queue is bounded by what clients have asked for, not by a number: for each process the events of its making and
-/// its deletion, which requests cause, and one exit ([`crate::container::said`] takes no second one); for each container one event
-/// of its lack of memory, since further ones are dropped while one is in the queue ([`Publisher::out_of_memory`]).
+/// its deletion, which requests cause, and one exit ([`crate::container::said`] takes no second one); for each
+/// container one event of its lack of memory, since further ones are dropped while one is in the queue
+/// ([`Publisher::out_of_memory`]).
 pub fn publisher(namespace: &str, address: &str) -> (Publisher, Queue) {
     let (queue, events) = mpsc::unbounded_channel();
     let namespace = namespace.to_owned();

@@ -1,5 +1,5 @@
-//! The shim's own log: logfmt lines into the fifo `log` of the bundle, which containerd copies into its own log. Without
-//! containerd, into a file that is kept small.
+//! The shim's own log: logfmt lines into the fifo `log` of the bundle, which containerd copies into its own log.
+//! Without containerd, into a file that is kept small.
 
 use std::{
     env,

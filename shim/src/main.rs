@@ -1,8 +1,8 @@
 //! `containerd-shim-vz-v2`: containerd's shim of the runtime `io.containerd.vz.v2`.
 //!
 //! One program in several roles: called by containerd (`start`, `delete`, `-info`, `-v`), as the daemon of a sandbox
-//! (without an action), executed by `start` to watch over that daemon (`watch`), and re-executed by the daemon as its VM's
-//! process (`vmm`) and a container's pid on the host (`anchor`).
+//! (without an action), executed by `start` to watch over that daemon (`watch`), and re-executed by the daemon as its
+//! VM's process (`vmm`) and a container's pid on the host (`anchor`).
 
 use std::{env, process::ExitCode};
 

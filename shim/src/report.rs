@@ -30,7 +30,8 @@ impl Report {
         *lock(&self.0) = None;
     }
 
-    /// Tells a line. Nobody may be listening: `start` has been killed, or the caller watches over the daemon in a way of its own.
+    /// Tells a line. Nobody may be listening: `start` has been killed, or the caller watches over the daemon in a way
+    /// of its own.
     pub fn say(&self, line: &str) {
         if let Some(pipe) = lock(&self.0).as_mut()
             && let Err(error) = pipe.write_all(line.as_bytes())

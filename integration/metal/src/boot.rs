@@ -1,7 +1,7 @@
 //! The first instructions, on both machines, up to a stack and 64 bits with the first 4 GiB mapped to themselves.
 //!
-//! QEMU enters by the PVH note: 32 bits, no paging, `ebx` is the address of `hvm_start_info` ("x86/HVM direct boot ABI" of Xen).
-//! The built-in machine enters at the ELF file's entry: 64 bits, `rsi` is the address of `boot_params` (Linux'
+//! QEMU enters by the PVH note: 32 bits, no paging, `ebx` is the address of `hvm_start_info` ("x86/HVM direct boot ABI"
+//! of Xen). The built-in machine enters at the ELF file's entry: 64 bits, `rsi` is the address of `boot_params` (Linux'
 //! Documentation/arch/x86/boot.rst), whose page tables end before the devices.
 //!
 //! Interrupts stay off, and there is no table of handlers: an exception is a triple fault, which ends the VM.
@@ -11,7 +11,8 @@
 
 use core::{arch::global_asm, slice};
 
-/// Offset of the command line's address in `hvm_start_info`, where it has 64 bits, and in `boot_params`, where it has 32.
+/// Offset of the command line's address in `hvm_start_info`, where it has 64 bits, and in `boot_params`, where it has
+/// 32.
 const PVH_CMDLINE: u64 = 24;
 const LINUX_CMDLINE: u64 = 0x228;
 /// Longest command line that is read.

@@ -1,4 +1,5 @@
-//! What compiled code calls, and the C library has elsewhere. In assembly, as a loop in Rust would be compiled to a call of itself.
+//! What compiled code calls, and the C library has elsewhere. In assembly, as a loop in Rust would be compiled to a
+//! call of itself.
 
 // Nobody else has these names.
 #![allow(unsafe_code)]

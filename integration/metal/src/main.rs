@@ -1,5 +1,5 @@
-//! A guest without a kernel, in the place of `vmlinux`: it drives its virtio devices itself, as no kernel would. What it does is named on the
-//! command line:
+//! A guest without a kernel, in the place of `vmlinux`: it drives its virtio devices itself, as no kernel would. What
+//! it does is named on the command line:
 //!
 //! - `vz.metal=NAME` one of the functions in [`SCENES`]
 //! - `vz.own=ID` the container that the VM is for
@@ -7,8 +7,8 @@
 //! - `vz.planted=PATH` a directory of the host that is none of the guest's
 //! - `vz.device=NUMBER` the one kind of devices, by virtio's number, that the scene is about
 //!
-//! What it found is on its console, a line each: `refused WHAT ERROR`, `dropped WHAT` for what came back without an answer, `fine WHAT`,
-//! and `WRONG ...` for what a host must not do. The last line is `done`.
+//! What it found is on its console, a line each: `refused WHAT ERROR`, `dropped WHAT` for what came back without an
+//! answer, `fine WHAT`, and `WRONG ...` for what a host must not do. The last line is `done`.
 #![cfg_attr(panic = "abort", no_std, no_main)]
 // Builds that unwind only look at the code.
 #![cfg_attr(panic = "unwind", allow(dead_code))]

@@ -55,7 +55,8 @@ pub const QUEUE_BYTES: u64 = 0x1_0000;
 const AVAILABLE_AT: u64 = 0x8000;
 const USED_AT: u64 = 0xa000;
 pub const LARGEST: u16 = 1024;
-/// How long something that has to come is waited for: some seconds, and longer where the counter is the host's and we are emulated.
+/// How long something that has to come is waited for: some seconds, and longer where the counter is the host's and we
+/// are emulated.
 const PATIENCE: u64 = 40_000_000_000;
 
 /// A device.
@@ -221,8 +222,8 @@ pub fn describe(at: u64, address: u64, length: u32, flags: u16, next: u16) {
     poke(at + 14, next);
 }
 
-/// The devices: QEMU names them on the command line (`virtio_mmio.device=512@0xfeb00000:5`), the built-in machine's are where they
-/// always are.
+/// The devices: QEMU names them on the command line (`virtio_mmio.device=512@0xfeb00000:5`), the built-in machine's are
+/// where they always are.
 pub fn devices(command_line: &str) -> [Option<Device>; MOST] {
     let mut found = [None; MOST];
     let mut slots = found.iter_mut();

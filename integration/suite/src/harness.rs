@@ -235,7 +235,8 @@ fn run_all(lab: &Lab, tests: &[Test], results: &mut Results) {
             println!("failed at {location}");
         }
     }));
-    // How the host looks after a test is how it looks before the next one; where something was left, it is looked at again.
+    // How the host looks after a test is how it looks before the next one; where something was left, it is looked at
+    // again.
     let mut known = None;
     for test in tests {
         let begun = Instant::now();

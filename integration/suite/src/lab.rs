@@ -248,8 +248,8 @@ impl Lab {
 
     // ---- what a scene does to the host ----
 
-    /// A directory of the host that is no sandbox's: a hostile guest may try what it likes with it, to no avail. What is in it is
-    /// looked at after each scene.
+    /// A directory of the host that is no sandbox's: a hostile guest may try what it likes with it, to no avail. What
+    /// is in it is looked at after each scene.
     pub fn planted(&self) -> &Path {
         &self.planted
     }

@@ -68,8 +68,8 @@ impl Snapshot {
         Self(look.items)
     }
 
-    /// What is there now and was not then, once all that ends by itself has ended, and how the host looks now. Says so when
-    /// that takes long.
+    /// What is there now and was not then, once all that ends by itself has ended, and how the host looks now. Says so
+    /// when that takes long.
     pub fn settle(&self, lab: &Lab) -> (Vec<Item>, Self) {
         let mut now = self.settle_within(lab, SLOW);
         if !now.0.is_empty() {
@@ -269,7 +269,8 @@ impl Look {
             }
         });
         for path in found {
-            // containerd's clients put containers below a cgroup of their namespace's name, and leave that; podman likewise.
+            // containerd's clients put containers below a cgroup of their namespace's name, and leave that; podman
+            // likewise.
             let kept = ["default", "k8s.io", "libpod_parent", "conmon"];
             let keeps = path.file_name().is_some_and(|name| kept.iter().any(|kept| name == *kept));
             let procs = fs::read_to_string(path.join("cgroup.procs")).unwrap_or_default();

@@ -1,4 +1,5 @@
-//! What no sandbox may change: the host outside of it. Looked at before and after each scene in which a guest is hostile.
+//! What no sandbox may change: the host outside of it. Looked at before and after each scene in which a guest is
+//! hostile.
 //!
 //! Files by checksum (those that the suite has planted for a guest to try, and the host's /etc), and what was mounted,
 //! connected and filtered. What is new is [`crate::leaks`]' to find.

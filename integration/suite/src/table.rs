@@ -26,8 +26,8 @@ pub struct Row {
 
 const HEADINGS: [&str; 6] = ["scene", "outcome", "shim KiB", "shim fds", "vmm KiB", "looked at"];
 
-/// The table as text, with a line above it that says which machine it is of and what was looked at each time. `files` is how many
-/// files were.
+/// The table as text, with a line above it that says which machine it is of and what was looked at each time. `files`
+/// is how many files were.
 pub fn text(rows: &[Row], machine: &str, files: usize) -> String {
     let mut text = format!(
         "\nthe boundary on machine {machine}, {} scenes. Looked at on the host after each: {files} files by checksum, mounts, network, \

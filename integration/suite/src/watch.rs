@@ -1,4 +1,5 @@
-//! What a sandbox takes of the host while a scene is played: memory and descriptors of its shim and vmm, and containerd's log.
+//! What a sandbox takes of the host while a scene is played: memory and descriptors of its shim and vmm, and
+//! containerd's log.
 
 use std::fs;
 
@@ -22,7 +23,8 @@ pub fn rss_kib(pid: i32) -> u64 {
     kib(line)
 }
 
-/// Memory of a process that is its own: of the guest's, which the vmm maps, as much is resident as the guest has touched.
+/// Memory of a process that is its own: of the guest's, which the vmm maps, as much is resident as the guest has
+/// touched.
 pub fn private_kib(pid: i32) -> u64 {
     let maps = fs::read_to_string(format!("/proc/{pid}/smaps")).expect("read the mappings");
     let (mut size, mut sum) = (0, 0);

@@ -1,8 +1,8 @@
 //! Which tests were skipped, and whether they may be: a test that cannot run here must not count as one that passed.
 //!
-//! A unit test that cannot run calls [`skip!`] and returns. cargo's harness knows no such thing and counts it as passed; with
-//! `VZ_TEST_SKIPS` naming a file, it is written down there too, which is how `make test` counts it, and fails where [`List::known`] does
-//! not have it.
+//! A unit test that cannot run calls [`skip!`] and returns. cargo's harness knows no such thing and counts it as
+//! passed; with `VZ_TEST_SKIPS` naming a file, it is written down there too, which is how `make test` counts it, and
+//! fails where [`List::known`] does not have it.
 
 use std::{env, fmt, fs::File, io::Write as _, thread};
 
@@ -26,10 +26,11 @@ pub struct Skipped {
     pub reason: String,
 }
 
-/// Says that the test that runs here cannot, and why; the arguments are those of `format!`. The test returns afterwards.
+/// Says that the test that runs here cannot, and why; the arguments are those of `format!`. The test returns
+/// afterwards.
 ///
-/// Its name is its thread's, which is how cargo's harness runs tests. A test that has threads of its own, or no harness, names
-/// itself: `skip!(test: "name", "not root")`.
+/// Its name is its thread's, which is how cargo's harness runs tests. A test that has threads of its own, or no
+/// harness, names itself: `skip!(test: "name", "not root")`.
 #[macro_export]
 macro_rules! skip {
     (test: $test:expr, $($reason:tt)*) => {

@@ -1,5 +1,6 @@
-//! `vz-tally DIR [NAME]`: the sum of all runs of tests whose output is in a directory, or of one, as `mk/tallied` writes it: `NAME.log`
-//! is what was printed, `NAME.skips` what skipped tests wrote down. Fails where a test was skipped that may not be.
+//! `vz-tally DIR [NAME]`: the sum of all runs of tests whose output is in a directory, or of one, as `mk/tallied`
+//! writes it: `NAME.log` is what was printed, `NAME.skips` what skipped tests wrote down. Fails where a test was
+//! skipped that may not be.
 
 use std::{
     env, fs,

@@ -1,4 +1,5 @@
-//! The tally of a run: what passed, failed and was skipped, from what cargo and the suite print and what skipped tests wrote down.
+//! The tally of a run: what passed, failed and was skipped, from what cargo and the suite print and what skipped tests
+//! wrote down.
 
 use std::{collections::BTreeSet, fmt};
 
@@ -45,7 +46,8 @@ pub fn read(output: &str, skips: &str) -> Report {
         .filter_map(|line| line.split_once('\t'))
         .map(|(test, reason)| Skipped { test: test.to_owned(), reason: reason.to_owned() })
         .collect();
-    // cargo's harness counts those as passed; tests without it print no result, and a test may skip more than one part of itself.
+    // cargo's harness counts those as passed; tests without it print no result, and a test may skip more than one part
+    // of itself.
     let tests: BTreeSet<&str> = written.iter().map(|skipped| skipped.test.as_str()).collect();
     report.passed = report.passed.saturating_sub(tests.len());
     report.skipped.extend(written);
@@ -66,7 +68,8 @@ impl Report {
         self.skipped.extend(other.skipped);
     }
 
-    /// Those that must not have been skipped. The suite's are not among them: it knows more of the host, and has them fail itself.
+    /// Those that must not have been skipped. The suite's are not among them: it knows more of the host, and has them
+    /// fail itself.
     pub fn not_allowed(&self, list: &List, host: &Host) -> Vec<&Skipped> {
         let judged = |skipped: &&Skipped| skipped.test.starts_with(SUITE) || list.allows(skipped, host);
         self.skipped.iter().filter(|skipped| !judged(skipped)).collect()

@@ -23,7 +23,8 @@ const WATCHER_DEADLINE: Duration = Duration::from_secs(60);
 /// Exit status of a task whose shim has died.
 const KILLED: u32 = 137;
 
-/// Takes away everything that the sandbox in `dir` owns, and runs the hooks that are due then. What is left is the error.
+/// Takes away everything that the sandbox in `dir` owns, and runs the hooks that are due then. What is left is the
+/// error.
 pub fn take_away(dir: &Path, time: Duration) -> Result<(), Error> {
     let mut bundles = Vec::new();
     let unwound = unwind::unwind_within(time, dir, |id, bundle| bundles.push((id.to_owned(), bundle.to_owned())));
@@ -32,7 +33,8 @@ pub fn take_away(dir: &Path, time: Duration) -> Result<(), Error> {
     }
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(fail("start runtime for hooks"))?;
-    // This process is where its caller has started it. A configuration that is wrong by now must not keep anything here.
+    // This process is where its caller has started it. A configuration that is wrong by now must not keep anything
+    // here.
     let limit = Config::load(None).unwrap_or_default().timeouts.hook_s;
     let launch = hooks::Launch { surroundings: None, limit: Duration::from_secs(limit) };
     for (id, bundle) in bundles {
@@ -44,8 +46,9 @@ pub fn take_away(dir: &Path, time: Duration) -> Result<(), Error> {
 
 /// Takes away whatever a dead shim has left. The reply for containerd.
 ///
-/// What cannot be taken away is no failure: containerd would keep a task whose `delete` fails, and its id, for good. It logs
-/// what is said here. The journal has what is left: a watcher goes on with it, and the next `start` with this id tries again.
+/// What cannot be taken away is no failure: containerd would keep a task whose `delete` fails, and its id, for good. It
+/// logs what is said here. The journal has what is left: a watcher goes on with it, and the next `start` with this id
+/// tries again.
 pub fn delete(namespace: &str, id: &str) -> Result<Vec<u8>, Error> {
     if let Err(error) = take_away(&Journal::dir(namespace, id), DELETE_DEADLINE) {
         drop(writeln!(io::stderr(), "{}", chain(&error)));
@@ -59,7 +62,8 @@ pub fn delete(namespace: &str, id: &str) -> Result<Vec<u8>, Error> {
     response.write_to_bytes().map_err(|source| Error::Message { what: "write reply", source })
 }
 
-/// The same where nobody waits, or is there to be told. What cannot be taken away stays in the journal for the next `start`.
+/// The same where nobody waits, or is there to be told. What cannot be taken away stays in the journal for the next
+/// `start`.
 pub fn go_on(namespace: &str, id: &str) {
     drop(take_away(&Journal::dir(namespace, id), WATCHER_DEADLINE));
 }

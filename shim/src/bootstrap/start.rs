@@ -155,7 +155,8 @@ fn left_behind(options: &StartOptions) -> Option<String> {
     Some(format!("; {}", chain(&error)))
 }
 
-/// What a daemon reports: that it is ready, or all that it says before its end. `None` if neither comes by the deadline.
+/// What a daemon reports: that it is ready, or all that it says before its end. `None` if neither comes by the
+/// deadline.
 fn await_report(from: &mut (impl Read + AsFd), deadline: Duration) -> io::Result<Option<String>> {
     let end = Instant::now() + deadline;
     let (mut said, mut part) = (Vec::new(), [0; 4096]);

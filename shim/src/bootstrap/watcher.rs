@@ -1,9 +1,9 @@
 //! Watches over a sandbox's daemon from the reply of `start` to containerd's first request.
 //!
 //! containerd calls `delete` for a shim whose connection it loses. Nobody would call it for a daemon that dies before
-//! containerd has connected: this process takes away what such a daemon has left. So it does with what takes longer than
-//! `delete` may. It outlives `start` and `delete`, for whose end containerd waits, and the journal has it, so that an
-//! `unwind` by anybody else ends it first.
+//! containerd has connected: this process takes away what such a daemon has left. So it does with what takes longer
+//! than `delete` may. It outlives `start` and `delete`, for whose end containerd waits, and the journal has it, so that
+//! an `unwind` by anybody else ends it first.
 
 use std::{
     io::{self, Read},
@@ -37,7 +37,8 @@ pub fn start(namespace: &str, id: &str, report: OwnedFd) -> Result<(), Error> {
     watch(namespace, id, report.into())
 }
 
-/// Starts it for a sandbox whose daemon is dead, and of which not everything could be taken away in the time that was given.
+/// Starts it for a sandbox whose daemon is dead, and of which not everything could be taken away in the time that was
+/// given.
 pub fn go_on(namespace: &str, id: &str) -> Result<(), Error> {
     watch(namespace, id, Stdio::null())
 }

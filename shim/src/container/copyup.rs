@@ -1,6 +1,7 @@
-//! `tmpcopyup`, an option that podman gives a container's tmpfs mounts (`--tmpfs`, `--read-only`): what the image has below
-//! the mount is to be copied into it. The guest's runtime does not know it. Where there is nothing to be copied the option says
-//! nothing, and is taken out; elsewhere it is refused, for a container that misses files fails later, and nobody knows why.
+//! `tmpcopyup`, an option that podman gives a container's tmpfs mounts (`--tmpfs`, `--read-only`): what the image has
+//! below the mount is to be copied into it. The guest's runtime does not know it. Where there is nothing to be copied
+//! the option says nothing, and is taken out; elsewhere it is refused, for a container that misses files fails later,
+//! and nobody knows why.
 
 use std::{
     io,
@@ -47,8 +48,8 @@ pub fn settle(spec: &mut Spec, rootfs: BorrowedFd<'_>) -> Result<(), Error> {
     Ok(())
 }
 
-/// Whether an image has nothing at a path: no such directory, or an empty one. A link on the way may lead anywhere, and is not
-/// followed: it counts as something, and so does `..`.
+/// Whether an image has nothing at a path: no such directory, or an empty one. A link on the way may lead anywhere, and
+/// is not followed: it counts as something, and so does `..`.
 fn is_empty(rootfs: BorrowedFd<'_>, destination: &Path) -> Result<bool, Error> {
     let look = |source: io::Error| Error::Look { path: destination.to_owned(), source };
     if destination.components().any(|part| part == Component::ParentDir) {

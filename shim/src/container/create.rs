@@ -57,8 +57,8 @@ struct Files {
     score: Score,
 }
 
-/// Makes the host's side of a container: root file system, volumes, anchor, hooks. `disks` are those of the VM's disks that
-/// are the container's. Returns the container, and the spec that the guest gets. After a failure nothing is left.
+/// Makes the host's side of a container: root file system, volumes, anchor, hooks. `disks` are those of the VM's disks
+/// that are the container's. Returns the container, and the spec that the guest gets. After a failure nothing is left.
 pub async fn on_host(lent: &Lent, request: &CreateTaskRequest, disks: &[Disk]) -> Result<(Container, Vec<u8>), Error> {
     let made = host_side(lent, request, disks).await;
     if made.is_err()

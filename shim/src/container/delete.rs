@@ -8,7 +8,8 @@ use crate::{guest, host::hooks};
 
 impl Container {
     /// Forgets an ended process in the guest, if there is a guest still. For a container the guest has as long as for a
-    /// SIGKILL, since its client waits; one that has disks writes them back then, and may take as long as for any request.
+    /// SIGKILL, since its client waits; one that has disks writes them back then, and may take as long as for any
+    /// request.
     pub async fn forget(&self, exec_id: &str) {
         let deadlines = &self.lent.guest.deadlines;
         let is_waited_for = exec_id.is_empty() && self.disks.is_empty();

@@ -92,8 +92,8 @@ impl Container {
         Ok(started?)
     }
 
-    /// Removes an exec process that the guest may have begun, and did not say so. What the guest does not do ends with the
-    /// container.
+    /// Removes an exec process that the guest may have begun, and did not say so. What the guest does not do ends with
+    /// the container.
     async fn purge(&self, exec_id: &str) {
         let guest = &self.lent.guest;
         let (begun, kill) = (Instant::now(), guest.deadlines.kill);

@@ -123,7 +123,8 @@ impl Container {
         timeout_at(by + AFTER_KILL + SETTLE, process.wait()).await.map(drop).map_err(unconfirmed)
     }
 
-    /// The guest says that a process has ended. That counts once it has reported the end, which every client can see then.
+    /// The guest says that a process has ended. That counts once it has reported the end, which every client can see
+    /// then.
     async fn finished(&self, process: &Process) -> Result<(), Error> {
         let after = self.lent.guest.deadlines.kill;
         match timeout(after, process.said.ended()).await {

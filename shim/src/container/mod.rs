@@ -4,7 +4,8 @@
 //! has been passed on (or a deadline), the init's exit after those of all other processes of the container. Once the
 //! init has ended, no other process is added or starts: see [`Container::close`]. [`exits`] keeps that order.
 //!
-//! A container is lent the host's and the guest's side of its sandbox. It knows neither the sandbox nor other containers.
+//! A container is lent the host's and the guest's side of its sandbox. It knows neither the sandbox nor other
+//! containers.
 
 use std::{
     collections::HashMap,

@@ -67,7 +67,8 @@ fn place(container: &str) -> PathBuf {
 
 /// Makes the guest's spec for `container` out of the host's.
 ///
-/// `disks` are those of the VM that are the container's. `looking` is told each path of the host that is looked at next.
+/// `disks` are those of the VM that are the container's. `looking` is told each path of the host that is looked at
+/// next.
 pub fn plan(mut spec: Spec, container: &str, disks: &[Disk], looking: &dyn Fn(&Path)) -> Result<Plan, Error> {
     let mut dropped = Vec::new();
     refuse_foreign(&spec)?;
@@ -169,7 +170,8 @@ fn guest_mount(
     let file = File::from(open_source(&source).map_err(missing)?);
     let kind = file.metadata().map_err(missing)?.file_type();
     if destination == Path::new("/dev/shm") && is_clients_shm(&source, &file, own_ipc).map_err(missing)? {
-        // Shared memory cannot be shared across a VM's boundary: the container gets a tmpfs of the guest, of the same size.
+        // Shared memory cannot be shared across a VM's boundary: the container gets a tmpfs of the guest, of the same
+        // size.
         dropped.push(format!("mounts: {} for /dev/shm, which is a tmpfs of the guest", source.display()));
         let size = fstatfs(&file).map(|found| found.blocks().saturating_mul(found.block_size().cast_unsigned()));
         let size = size.ok().filter(|size| own_ipc && *size > 0).unwrap_or(DEFAULT_SHM);
@@ -207,8 +209,8 @@ fn guest_mount(
     Ok(Some(Bind { source, file, is_dir, name, readonly, recursive, propagation, is_etc_file }))
 }
 
-/// Whether the source of a bind for /dev/shm is what clients make for a container's shared memory: an empty tmpfs for nothing
-/// else, or the host's own for a container without an IPC namespace. Anything else is a volume, and stays one.
+/// Whether the source of a bind for /dev/shm is what clients make for a container's shared memory: an empty tmpfs for
+/// nothing else, or the host's own for a container without an IPC namespace. Anything else is a volume, and stays one.
 fn is_clients_shm(source: &Path, file: &File, own_ipc: bool) -> io::Result<bool> {
     if !own_ipc && source == Path::new("/dev/shm") {
         return Ok(true);
@@ -238,8 +240,8 @@ fn propagation(options: &[String], destination: &Path) -> Result<Propagation, Er
     Ok(propagation)
 }
 
-/// Mounts of their own for what is mounted below a bind that is read-only by itself only (`ro`, not `rro`): in the guest they
-/// would otherwise take the bind's `ro` over. Those that the host has read-only stay so.
+/// Mounts of their own for what is mounted below a bind that is read-only by itself only (`ro`, not `rro`): in the
+/// guest they would otherwise take the bind's `ro` over. Those that the host has read-only stay so.
 fn writable_submounts(mount: &Mount, bind: &Bind, table: &[Entry]) -> Vec<Mount> {
     if bind.readonly != ReadOnly::Top || !bind.recursive {
         return Vec::new();

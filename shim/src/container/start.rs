@@ -51,8 +51,8 @@ impl Container {
     }
 }
 
-/// Connects a stream to the guest for each that is wanted, under a token of its own; all at once, as each takes a way to the
-/// guest and back.
+/// Connects a stream to the guest for each that is wanted, under a token of its own; all at once, as each takes a way
+/// to the guest and back.
 pub async fn connect_streams(guest: &Guest, stdio: &Stdio) -> Result<(AgentStdio, GuestEnds), guest::Error> {
     let connect = async |wanted: bool| match wanted {
         true => guest.open_stream().await.map(|(token, stream)| (token, Some(stream))),

@@ -10,8 +10,8 @@ use crate::host;
 
 /// A request that the guest has not answered, or has refused.
 ///
-/// A time-out says whether the agent was connected; a refusal has the agent's code and words. [`Error::Ended`] means that
-/// the VM has ended, and nothing else does.
+/// A time-out says whether the agent was connected; a refusal has the agent's code and words. [`Error::Ended`] means
+/// that the VM has ended, and nothing else does.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The VM could not be started, or has ended.

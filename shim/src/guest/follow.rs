@@ -15,7 +15,8 @@ pub async fn update(host: &Host, guest: &Guest) -> Result<(), Error> {
     tell(guest, news).await
 }
 
-/// Tells the guest of all that changes from now on, and takes connections to it, until the sandbox is gone. Once is enough.
+/// Tells the guest of all that changes from now on, and takes connections to it, until the sandbox is gone. Once is
+/// enough.
 pub fn start(host: &Arc<Host>, guest: &Arc<Guest>) -> Result<(), Error> {
     let Some(watch) = host.network.watch().map_err(host::Error::from)? else { return Ok(()) };
     tokio::spawn(follow(watch, Arc::downgrade(host), Arc::downgrade(guest)));

@@ -59,8 +59,8 @@ impl Guest {
 
     /// Ends the VM, and waits until nothing of it is left.
     ///
-    /// A vmm process that the kernel does not let go is in the journal still. Its guest counts as ended: the sandbox is told
-    /// so as of any other end.
+    /// A vmm process that the kernel does not let go is in the journal still. Its guest counts as ended: the sandbox is
+    /// told so as of any other end.
     pub async fn end(&self) {
         self.ending.store(true, Ordering::Relaxed);
         self.vmm.end().await;

@@ -188,8 +188,8 @@ impl Vmm {
 
     /// Ends the VM and waits until its process, and with it everything in its pid namespace, is gone.
     ///
-    /// SIGKILL ends a stopped process too. One that the kernel holds in an uninterruptible wait ends as soon as the kernel
-    /// lets it go, and is in the journal until then; it counts as ended, and [`Vmm::run`] says so.
+    /// SIGKILL ends a stopped process too. One that the kernel holds in an uninterruptible wait ends as soon as the
+    /// kernel lets it go, and is in the journal until then; it counts as ended, and [`Vmm::run`] says so.
     pub async fn end(&self) {
         let ended = async {
             self.process.get_ref().kill(Signal::SIGKILL)?;

@@ -1,12 +1,12 @@
 //! A container's process on the host: the pid that every reply names.
 //!
 //! Clients dereference a task's pid (`/proc/PID/ns/net`, `/proc/PID/root`), so each container has this process, in its
-//! network namespace and with its root file system as root. It does nothing but wait for its end. Its pid namespace is its
-//! own, and so is what it has at /proc: whoever lists the container's processes there finds one.
+//! network namespace and with its root file system as root. It does nothing but wait for its end. Its pid namespace is
+//! its own, and so is what it has at /proc: whoever lists the container's processes there finds one.
 //!
-//! It ends when nobody holds the other end of its channel any more. The shim does, and so do the hooks that it runs: one
-//! that connects the container must find the network namespace there to its end, even if the shim is killed meanwhile, for
-//! no plugin takes back what it has done by halves. What is still there then is in the journal.
+//! It ends when nobody holds the other end of its channel any more. The shim does, and so do the hooks that it runs:
+//! one that connects the container must find the network namespace there to its end, even if the shim is killed
+//! meanwhile, for no plugin takes back what it has done by halves. What is still there then is in the journal.
 
 use std::{
     ffi::CString,
@@ -70,8 +70,8 @@ pub struct Anchor {
 }
 
 impl Anchor {
-    /// Starts the one of container `id`, with the detached mounts `rootfs` as its root, in the network namespace `netns`.
-    /// `admit` is called with its pid before it does anything.
+    /// Starts the one of container `id`, with the detached mounts `rootfs` as its root, in the network namespace
+    /// `netns`. `admit` is called with its pid before it does anything.
     pub async fn start(
         id: &str,
         rootfs: OwnedFd,
@@ -123,7 +123,8 @@ impl Anchor {
 }
 
 impl Anchor {
-    /// Ends the process, and waits a moment until it is gone. One that a file system holds up is reaped whenever it dies.
+    /// Ends the process, and waits a moment until it is gone. One that a file system holds up is reaped whenever it
+    /// dies.
     pub async fn end(mut self) {
         if let Some(reaping) = self.kill() {
             drop(tokio::time::timeout(END_DEADLINE, reaping).await);
@@ -184,7 +185,8 @@ pub fn main() -> ExitCode {
     }
 }
 
-/// Makes the detached mounts `rootfs` this process's root, and leaves every other mount behind: none is kept busy by it.
+/// Makes the detached mounts `rootfs` this process's root, and leaves every other mount behind: none is kept busy by
+/// it.
 fn enter(rootfs: &OwnedFd, netns: OwnedFd) -> Result<(), (&'static str, io::Error)> {
     const NONE: Option<&str> = None;
     let step = |name: &'static str| move |e: Errno| (name, io::Error::from(e));

@@ -1,8 +1,8 @@
 //! The sandbox's cgroup on the host: that of the spec, with the VM and the containers' anchors in it.
 //!
-//! The guest enforces a container's own limits. The host's are those of the whole VM: memory for its size and what running
-//! it takes, so that a VM within its size is never killed for it; CPU as the spec says, since that is what its user pays for.
-//! The quota comes last: a boot would not end in time under a small one.
+//! The guest enforces a container's own limits. The host's are those of the whole VM: memory for its size and what
+//! running it takes, so that a VM within its size is never killed for it; CPU as the spec says, since that is what its
+//! user pays for. The quota comes last: a boot would not end in time under a small one.
 
 use std::{
     fs::{self, File},
@@ -68,8 +68,8 @@ pub struct Cgroup {
 }
 
 impl Cgroup {
-    /// Makes that of a spec, in the journal first, for a VM of this size and what running it takes, in MiB. One that is there
-    /// already is used and left there. `None` on a host without cgroups.
+    /// Makes that of a spec, in the journal first, for a VM of this size and what running it takes, in MiB. One that is
+    /// there already is used and left there. `None` on a host without cgroups.
     pub fn make(
         journal: &Journal,
         spec: &Spec,
@@ -191,8 +191,8 @@ fn relative(path: &str, id: &str) -> Result<String, Error> {
     Ok(relative)
 }
 
-/// Removes a cgroup's directory, once the processes that are in it have been killed and have ended, which they must by the
-/// deadline. One that is gone is no error. Cgroups below it are others', with all that is in them.
+/// Removes a cgroup's directory, once the processes that are in it have been killed and have ended, which they must by
+/// the deadline. One that is gone is no error. Cgroups below it are others', with all that is in them.
 pub fn remove(path: &Path, deadline: Instant) -> io::Result<()> {
     loop {
         match fs::remove_dir(path) {

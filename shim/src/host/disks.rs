@@ -1,8 +1,8 @@
-//! Disks of the host that a VM has: the block devices of its first container's spec, and the image files and block devices
-//! that it mounts.
+//! Disks of the host that a VM has: the block devices of its first container's spec, and the image files and block
+//! devices that it mounts.
 //!
-//! A VM gets its disks with its start. What they are called in there only the guest's agent sees, which finds them by their
-//! names.
+//! A VM gets its disks with its start. What they are called in there only the guest's agent sees, which finds them by
+//! their names.
 
 use std::{
     fs::{self, File, OpenOptions, TryLockError},

@@ -1,18 +1,19 @@
 //! /etc/hosts, /etc/resolv.conf and /etc/hostname of a container, kept as their owner has them on the host.
 //!
-//! Such a file is bound by itself, so whatever its owner writes into it is seen. An owner who moves another file over it
-//! leaves the container with the old one, as with any bind. A VM cannot be shown another file in its place, so what the new
-//! file has is then written into the old one, on three conditions:
+//! Such a file is bound by itself, so whatever its owner writes into it is seen. An owner who moves another file over
+//! it leaves the container with the old one, as with any bind. A VM cannot be shown another file in its place, so what
+//! the new file has is then written into the old one, on three conditions:
 //!
 //! - the old file has no name left. `mv hosts hosts.bak; mv new hosts` must not change hosts.bak; the container follows
 //!   once that name is gone too.
 //! - its bind is writable. A file that is bound read-only is never opened for writing: the container keeps the old one.
-//! - the new file is a regular file of at most [`MOST`] bytes, in the directory in which the old one was when it was bound.
+//! - the new file is a regular file of at most [`MOST`] bytes, in the directory in which the old one was when it was
+//!   bound.
 //!
 //! Threat: a container that can write in that directory, through a volume. It can put a link, a FIFO or a device in the
-//! place of the file, replace it all the time, or make reading it hang. So the path is resolved once more after the bind and
-//! counts only if it leads to the bound inode. From then on the directory's descriptor is used, no link is followed, nothing
-//! but a regular file is opened, and files are touched on threads of their own.
+//! place of the file, replace it all the time, or make reading it hang. So the path is resolved once more after the
+//! bind and counts only if it leads to the bound inode. From then on the directory's descriptor is used, no link is
+//! followed, nothing but a regular file is opened, and files are touched on threads of their own.
 
 use std::{
     ffi::{OsStr, OsString},
@@ -184,7 +185,8 @@ impl Kept {
             Ok(_) | Err(Errno::ENOENT) => return Ok(None),
             Err(e) => return Err(e.into()),
         }
-        // Nothing of a file that has no name any more: what is written into the bound one would be news, again and again.
+        // Nothing of a file that has no name any more: what is written into the bound one would be news, again and
+        // again.
         let only = AddWatchFlags::IN_ONLYDIR | AddWatchFlags::from_bits_retain(libc::IN_EXCL_UNLINK);
         let replaced = AddWatchFlags::IN_MOVED_TO | AddWatchFlags::IN_CLOSE_WRITE;
         let watches = [

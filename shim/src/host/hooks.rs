@@ -1,8 +1,9 @@
 //! OCI hooks that run on the host (runtime-spec, "POSIX-platform Hooks").
 //!
-//! A hook finds what it finds with runc: the host's mount namespace, its container's bundle as working directory, the limit
-//! of open files that the shim was started with, its own environment, and the container's state on standard input. Of the
-//! sandbox it holds one descriptor, the anchor's channel; a daemon that it leaves behind keeps no mount of ours busy.
+//! A hook finds what it finds with runc: the host's mount namespace, its container's bundle as working directory, the
+//! limit of open files that the shim was started with, its own environment, and the container's state on standard
+//! input. Of the sandbox it holds one descriptor, the anchor's channel; a daemon that it leaves behind keeps no mount
+//! of ours busy.
 
 use std::{
     fs::File,
@@ -116,8 +117,8 @@ pub async fn run(
     Ok(())
 }
 
-/// Runs the poststop hooks of a container's bundle. Failures are logged only, as the runtime spec says. There is no journal
-/// after it has been replayed.
+/// Runs the poststop hooks of a container's bundle. Failures are logged only, as the runtime spec says. There is no
+/// journal after it has been replayed.
 pub async fn poststop(id: &str, bundle: &Path, journal: Option<&Journal>, launch: &Launch) {
     let spec = match Spec::load(bundle.join("config.json")) {
         Ok(spec) => spec,
@@ -169,8 +170,8 @@ async fn one(
     if let Some((name, args)) = hook.args().as_deref().and_then(<[String]>::split_first) {
         command.arg0(name).args(args);
     }
-    // A memfd, not a pipe: a hook that outlives the shim must not die of SIGPIPE, and its background children must not keep
-    // us reading.
+    // A memfd, not a pipe: a hook that outlives the shim must not die of SIGPIPE, and its background children must not
+    // keep us reading.
     let said = memfd_create("hook", MFdFlags::MFD_CLOEXEC).map(File::from).map_err(|e| fail(e.into()))?;
     let stderr = said.try_clone().map_err(fail)?;
     command.env_clear().stdin(Stdio::piped()).stdout(Stdio::null()).stderr(stderr).kill_on_drop(true);

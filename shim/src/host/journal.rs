@@ -1,7 +1,7 @@
 //! What a sandbox owns on the host, written down before it is made.
 //!
-//! The journal is a file of JSON lines in the sandbox's state directory. Mounts are not in it: they are made in the shim's
-//! private mount namespace and end with its last process. [`super::unwind`] takes away what the journal names.
+//! The journal is a file of JSON lines in the sandbox's state directory. Mounts are not in it: they are made in the
+//! shim's private mount namespace and end with its last process. [`super::unwind`] takes away what the journal names.
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -118,8 +118,8 @@ impl Journal {
         Path::new(STATE_ROOT).join(namespace).join(id)
     }
 
-    /// Makes the state directory and an empty journal in it. What an earlier sandbox with this name has left behind must
-    /// have been taken away.
+    /// Makes the state directory and an empty journal in it. What an earlier sandbox with this name has left behind
+    /// must have been taken away.
     pub fn create(dir: &Path) -> Result<Self, Error> {
         let state = |action| move |source| Error::State { action, path: dir.to_owned(), source };
         let make = || {

@@ -1,14 +1,14 @@
 //! Mounts that the host makes and takes away below a volume while its container runs (`rslave`).
 //!
-//! The kernel could carry them to the guest's server by itself, as slaves of the host's mounts. Then an unmount on the host
-//! would be refused (EBUSY) for as long as the guest remembers a file there, because the server holds a descriptor for each.
-//! So the volume's own mounts are private, and this module does what propagation would: by the mount table of the shim's
-//! namespace, which follows the host's, it clones what appears below a volume, and detaches the clone when the host
-//! unmounts. [`super::mount_watch`] says when to look.
+//! The kernel could carry them to the guest's server by itself, as slaves of the host's mounts. Then an unmount on the
+//! host would be refused (EBUSY) for as long as the guest remembers a file there, because the server holds a descriptor
+//! for each. So the volume's own mounts are private, and this module does what propagation would: by the mount table of
+//! the shim's namespace, which follows the host's, it clones what appears below a volume, and detaches the clone when
+//! the host unmounts. [`super::mount_watch`] says when to look.
 //!
 //! Threat: the guest may rename directories of the volume at the same time. The place of a mount is found beneath the
-//! volume's source, without links, and must be the mount that the table names. It is attached beneath the volume. The worst
-//! that a guest can do is to see a mount in another of its own directories.
+//! volume's source, without links, and must be the mount that the table names. It is attached beneath the volume. The
+//! worst that a guest can do is to see a mount in another of its own directories.
 
 use std::{
     collections::BTreeMap,
@@ -34,7 +34,8 @@ pub struct Volume {
 }
 
 impl Volume {
-    /// A volume with the root `root` that has just been made of `source`, with all the mounts below it where `recursive`.
+    /// A volume with the root `root` that has just been made of `source`, with all the mounts below it where
+    /// `recursive`.
     pub fn new(source: &OwnedFd, root: OwnedFd, recursive: bool) -> io::Result<Self> {
         let source = std::fs::read_link(sys::path_of(source.as_fd()))?;
         let mut volume = Self { source, root, known: BTreeMap::new() };

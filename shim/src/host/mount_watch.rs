@@ -17,8 +17,8 @@ use super::{error::Error, offload, share::Share};
 /// Time between two looks at the mount table: bounds what a host costs that mounts all the time.
 const PAUSE: Duration = Duration::from_millis(50);
 
-/// Starts the watch, if a volume wants it and none runs, for as long as the share exists. The host's file systems may take
-/// `deadline` for each look.
+/// Starts the watch, if a volume wants it and none runs, for as long as the share exists. The host's file systems may
+/// take `deadline` for each look.
 pub fn start(share: &Arc<Share>, deadline: Duration) {
     if !share.has_followers() || !share.claim_watch() {
         return;

@@ -43,7 +43,8 @@ pub fn read() -> io::Result<Vec<Entry>> {
     Ok(table.0.into_iter().map(Entry::from).collect())
 }
 
-/// A path as it is: the kernel writes space, tab, line feed and backslash as three octal digits, which procfs leaves so.
+/// A path as it is: the kernel writes space, tab, line feed and backslash as three octal digits, which procfs leaves
+/// so.
 fn unescape(text: &[u8]) -> PathBuf {
     let mut path = Vec::with_capacity(text.len());
     let mut rest = text;
@@ -64,7 +65,8 @@ fn unescape(text: &[u8]) -> PathBuf {
     PathBuf::from(OsString::from_vec(path))
 }
 
-/// Opens the source of a bind, once: the link, if it is one, is followed here. What has this descriptor decides on all else.
+/// Opens the source of a bind, once: the link, if it is one, is followed here. What has this descriptor decides on all
+/// else.
 pub fn open_source(path: &Path) -> io::Result<OwnedFd> {
     let flags = OFlag::O_PATH.bits();
     fs::File::options().read(true).custom_flags(flags).open(path).map(OwnedFd::from)

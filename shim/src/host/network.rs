@@ -1,11 +1,12 @@
 //! The sandbox's network on the host: which namespace, how many cards, and what the guest is told of it.
 //!
-//! The VM boots before anybody knows its network: CNI plugins and nerdctl's hook put links into the namespace at `Create`,
-//! `ctr run --cni` and some daemons between `Create` and `Start`, or later still. So the cards are there from the start, on
-//! TAP devices in the namespace; links are wired to them when they are seen, and only then is the guest told.
+//! The VM boots before anybody knows its network: CNI plugins and nerdctl's hook put links into the namespace at
+//! `Create`, `ctr run --cni` and some daemons between `Create` and `Start`, or later still. So the cards are there from
+//! the start, on TAP devices in the namespace; links are wired to them when they are seen, and only then is the guest
+//! told.
 //!
-//! A namespace that the spec does not name has no name at all: it ends with the last process and descriptor of the sandbox,
-//! and everything in it too. In one that others made, what is left on its links is in the journal.
+//! A namespace that the spec does not name has no name at all: it ends with the last process and descriptor of the
+//! sandbox, and everything in it too. In one that others made, what is left on its links is in the journal.
 
 use std::{
     io,

@@ -1,8 +1,8 @@
 //! Work on file systems that may hang (a network file system whose server is gone, FUSE), on a thread of its own.
 //!
-//! The shim's one runtime thread serves every request and must not wait in the kernel. A thread that hangs is left behind at
-//! its deadline: it holds nothing that others wait for, and ends with the process. What it does after that must come to
-//! nothing, which is the work's own duty (`Share::remove` sees to it for mounts).
+//! The shim's one runtime thread serves every request and must not wait in the kernel. A thread that hangs is left
+//! behind at its deadline: it holds nothing that others wait for, and ends with the process. What it does after that
+//! must come to nothing, which is the work's own duty (`Share::remove` sees to it for mounts).
 
 use std::{
     io,

@@ -1,8 +1,9 @@
 //! How likely the host's kernel is to end a sandbox's processes when memory is short.
 //!
-//! The score is that of the spec (`process.oomScoreAdj`), for the VM's process, for QEMU, which inherits it, and for the
-//! container's anchor, from before they take any memory. Without one it is 0, or the shim's own if that is higher: they would
-//! inherit containerd's otherwise, which is often -999, and everybody else on the host would be ended before a VM is.
+//! The score is that of the spec (`process.oomScoreAdj`), for the VM's process, for QEMU, which inherits it, and for
+//! the container's anchor, from before they take any memory. Without one it is 0, or the shim's own if that is higher:
+//! they would inherit containerd's otherwise, which is often -999, and everybody else on the host would be ended before
+//! a VM is.
 
 use std::io;
 

@@ -9,8 +9,8 @@ use nix::{
 };
 use vz_sys::process::Handle;
 
-/// Kills a process and waits until it is gone. A pid that belongs to another process by now is left alone, and so is the
-/// caller itself.
+/// Kills a process and waits until it is gone. A pid that belongs to another process by now is left alone, and so is
+/// the caller itself.
 pub fn kill(pid: i32, wanted: u64, deadline: Instant) -> io::Result<()> {
     if pid == nix::unistd::Pid::this().as_raw() {
         return Ok(());

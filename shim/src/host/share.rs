@@ -6,13 +6,13 @@
 //! share/<container>/mount<N>  a volume, or a single file
 //! ```
 //!
-//! The tmpfs is a shared mount, so that what is mounted later appears in the vmm's namespace, which is its slave. Nothing
-//! here is visible to the host, and all of it ends with the last process of the sandbox.
+//! The tmpfs is a shared mount, so that what is mounted later appears in the vmm's namespace, which is its slave.
+//! Nothing here is visible to the host, and all of it ends with the last process of the sandbox.
 //!
-//! Threat: the guest reads and writes below every mount while the shim adds others. The tmpfs itself is read-only for the
-//! vmm (`vz_jail::enter_root`), so the guest cannot change the names that the shim uses. The shim does not rely on that:
-//! it goes from the tmpfs's descriptor by single names, follows no link, and attaches every mount by descriptor. No name
-//! of the guest's is resolved in the host's root.
+//! Threat: the guest reads and writes below every mount while the shim adds others. The tmpfs itself is read-only for
+//! the vmm (`vz_jail::enter_root`), so the guest cannot change the names that the shim uses. The shim does not rely on
+//! that: it goes from the tmpfs's descriptor by single names, follows no link, and attaches every mount by descriptor.
+//! No name of the guest's is resolved in the host's root.
 
 use std::{
     collections::HashMap,
@@ -141,8 +141,8 @@ impl ReadOnly {
     }
 }
 
-/// Whether mounts that the host makes below a bind later appear in the guest, as mount_namespaces(7) has it. What the guest
-/// mounts never appears on the host.
+/// Whether mounts that the host makes below a bind later appear in the guest, as mount_namespaces(7) has it. What the
+/// guest mounts never appears on the host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Propagation {
     /// They do (`slave`, `rslave`); so it is where nothing is said.
@@ -265,7 +265,8 @@ impl Share {
         places.iter().any(|place| matches!(&*lock(place), Live::Yes(volumes) if !volumes.is_empty()))
     }
 
-    /// Brings the volumes that follow the host's mounts up to date. The first failure is returned, after all has been tried.
+    /// Brings the volumes that follow the host's mounts up to date. The first failure is returned, after all has been
+    /// tried.
     pub fn follow(&self) -> Result<(), Error> {
         let table = mounts::read().map_err(Error::Table)?;
         let places: Vec<_> = lock(&self.places).values().cloned().collect();
@@ -332,7 +333,8 @@ impl Place<'_> {
         open_dir(self.dir.as_fd(), Path::new(ROOTFS)).map_err(at("open", &self.path.join(ROOTFS)))
     }
 
-    /// The root file system's mounts once more, detached from everything, for a process that is to have them as its root.
+    /// The root file system's mounts once more, detached from everything, for a process that is to have them as its
+    /// root.
     pub fn rootfs_tree(&self) -> Result<OwnedFd, Error> {
         let (rootfs, path) = (self.rootfs()?, self.path.join(ROOTFS));
         let tree = sys::clone_tree_at(rootfs.as_fd(), true).map_err(at("clone", &path))?;
@@ -344,8 +346,9 @@ impl Place<'_> {
     pub fn bind(&self, bind: &Bind) -> Result<OwnedFd, Error> {
         let source = &bind.source;
         let tree = sys::clone_tree_at(bind.file.as_fd(), bind.recursive).map_err(at("bind", source))?;
-        // What the host mounts later is cloned one by one where it is to be seen (`mirror`). A slave would keep the host
-        // from unmounting, and the clone of a shared mount would be its peer and show the host what is mounted here.
+        // What the host mounts later is cloned one by one where it is to be seen (`mirror`). A slave would keep the
+        // host from unmounting, and the clone of a shared mount would be its peer and show the host what is mounted
+        // here.
         sys::set_propagation(tree.as_fd(), MsFlags::MS_PRIVATE.bits(), true).map_err(at("make private", source))?;
         if let Some(recursive) = bind.readonly.recursive() {
             sys::set_attributes(tree.as_fd(), libc::MOUNT_ATTR_RDONLY, recursive).map_err(at("set ro on", source))?;
@@ -359,7 +362,8 @@ impl Place<'_> {
         Ok(tree)
     }
 
-    /// Attaches a detached tree under a name of its own. From here on the guest sees it. `volume` makes what follows the host.
+    /// Attaches a detached tree under a name of its own. From here on the guest sees it. `volume` makes what follows
+    /// the host.
     fn attach(
         &self,
         tree: &OwnedFd,
@@ -448,8 +452,8 @@ fn is_name(path: &Path) -> bool {
     matches!((components.next(), components.next()), (Some(Component::Normal(name)), None) if name == path.as_os_str())
 }
 
-/// Options that fit into the page of mount(2): an overlay whose layers' paths are too long for it gets them as descriptors,
-/// which the caller keeps until it has mounted.
+/// Options that fit into the page of mount(2): an overlay whose layers' paths are too long for it gets them as
+/// descriptors, which the caller keeps until it has mounted.
 fn within_a_page(mount: &Mount) -> Result<(Vec<String>, Vec<OwnedFd>), Error> {
     let length = |options: &[String]| options.iter().map(|option| option.len() + 1).sum::<usize>();
     if mount.type_ != "overlay" || length(&mount.options) <= MOST_OPTIONS {

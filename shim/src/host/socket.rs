@@ -1,8 +1,8 @@
 //! The sandbox's socket: who may listen on it, and who may take it away.
 //!
-//! A path says nothing about whose socket is there by now. So a socket is known by its inode too, and whoever makes, judges or
-//! removes one holds a lock meanwhile: of two members of a sandbox that start at once one listens and
-//! the other finds it listening, and a dead sandbox's clean-up never removes a living one's socket.
+//! A path says nothing about whose socket is there by now. So a socket is known by its inode too, and whoever makes,
+//! judges or removes one holds a lock meanwhile: of two members of a sandbox that start at once one listens and the
+//! other finds it listening, and a dead sandbox's clean-up never removes a living one's socket.
 
 use std::{
     fs::{self, File},
@@ -27,8 +27,8 @@ use super::journal::STATE_ROOT;
 
 /// Held by one process of the host at a time, for a few system calls, none of which waits.
 ///
-/// It is vz's own directory that is locked. The socket's belongs to whoever calls the shim, and may be locked by them while
-/// they wait for it, as the command line `vz` does.
+/// It is vz's own directory that is locked. The socket's belongs to whoever calls the shim, and may be locked by them
+/// while they wait for it, as the command line `vz` does.
 fn lock() -> io::Result<Flock<File>> {
     let temporary = std::env::temp_dir();
     // Unit tests need not be root.
@@ -71,7 +71,8 @@ pub fn inode(path: &Path) -> io::Result<u64> {
     Ok(fs::symlink_metadata(path)?.ino())
 }
 
-/// Removes the socket at `path`, unless it is another one than that with this inode by now. One that is gone is no error.
+/// Removes the socket at `path`, unless it is another one than that with this inode by now. One that is gone is no
+/// error.
 pub fn remove(path: &Path, wanted: Option<u64>) -> io::Result<()> {
     let gone = |result: io::Result<()>| match result {
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
@@ -96,8 +97,8 @@ mod tests {
 
     use super::*;
 
-    /// Bound and not listening, which is what a dead listener's socket looks like. (A dropped listener may live on for a
-    /// moment in a child that another test has just forked.)
+    /// Bound and not listening, which is what a dead listener's socket looks like. (A dropped listener may live on for
+    /// a moment in a child that another test has just forked.)
     fn dead(path: &Path) -> std::os::fd::OwnedFd {
         let dead = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).unwrap();
         bind(dead.as_raw_fd(), &UnixAddr::new(path).unwrap()).unwrap();

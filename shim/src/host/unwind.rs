@@ -1,8 +1,8 @@
 //! The one way in which everything that a sandbox owns is taken away again.
 //!
-//! [`unwind`] is both the end of a sandbox's normal life and what `delete` does after a crash; it can be repeated at any
-//! point of itself. What cannot be taken away keeps nothing else and no later sandbox of this name for good: each `start`
-//! tries again, and says what it is.
+//! [`unwind`] is both the end of a sandbox's normal life and what `delete` does after a crash; it can be repeated at
+//! any point of itself. What cannot be taken away keeps nothing else and no later sandbox of this name for good: each
+//! `start` tries again, and says what it is.
 
 use std::{
     fmt, fs, io,

@@ -1,7 +1,7 @@
 //! A sandbox: one VM, and the containers in it.
 //!
-//! The sandbox owns the host's and the guest's side, and lends both to its containers. One rule of its own ends the VM: see
-//! [`Sandbox::delete`].
+//! The sandbox owns the host's and the guest's side, and lends both to its containers. One rule of its own ends the VM:
+//! see [`Sandbox::delete`].
 
 use std::{
     collections::HashMap,
@@ -151,11 +151,11 @@ impl Sandbox {
         Ok(exit)
     }
 
-    /// Takes away a container: in the guest, then on the host. The sandbox's rule is here: the last container takes the VM
-    /// along.
+    /// Takes away a container: in the guest, then on the host. The sandbox's rule is here: the last container takes the
+    /// VM along.
     ///
-    /// This happens once: whoever asks meanwhile waits, and is told that the container is not found. A step that fails does
-    /// not keep the others from being taken; the first failure is returned, and the journal has what is left.
+    /// This happens once: whoever asks meanwhile waits, and is told that the container is not found. A step that fails
+    /// does not keep the others from being taken; the first failure is returned, and the journal has what is left.
     async fn delete(&self, container: &Arc<Container>, publish: impl FnOnce()) -> Result<(), container::Error> {
         let _deletion = container.deletion.lock().await;
         if !self.has(container) {

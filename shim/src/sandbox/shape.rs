@@ -1,6 +1,7 @@
 //! What a VM is made of, before there is one: its size, network, cgroup and disks.
 //!
-//! A shape comes from the spec of the sandbox's first container. Everything that is made for the VM is made from the shape.
+//! A shape comes from the spec of the sandbox's first container. Everything that is made for the VM is made from the
+//! shape.
 
 use oci_spec::runtime::Spec;
 use vz_config::Config;

@@ -1,7 +1,7 @@
 //! Listens to a sandbox's VM: its connections, what its guest says, and its end.
 //!
-//! Threat: the guest opens as many connections as it likes and says whatever it likes. Connections are counted, log records
-//! have a budget, and each complaint about the guest is limited in rate.
+//! Threat: the guest opens as many connections as it likes and says whatever it likes. Connections are counted, log
+//! records have a budget, and each complaint about the guest is limited in rate.
 
 use std::sync::{
     Arc,

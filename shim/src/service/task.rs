@@ -1,7 +1,7 @@
 //! containerd's Task service (runtime v2).
 //!
-//! A request that changes something runs in a task of its own: a client that goes away or times out drops its handler, and
-//! must not stop work half-way.
+//! A request that changes something runs in a task of its own: a client that goes away or times out drops its handler,
+//! and must not stop work half-way.
 
 use std::{future::Future, sync::Arc};
 

@@ -1,4 +1,5 @@
-//! Chains as no driver makes them, on every device. After each the device is reset; a share then serves honest requests again.
+//! Chains as no driver makes them, on every device. After each the device is reset; a share then serves honest requests
+//! again.
 
 use crate::{
     Guest,

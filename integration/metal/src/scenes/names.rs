@@ -1,4 +1,5 @@
-//! Names that lead elsewhere, inodes and handles that were never given out. All of it is refused, and what an honest guest may do still works.
+//! Names that lead elsewhere, inodes and handles that were never given out. All of it is refused, and what an honest
+//! guest may do still works.
 
 use super::{must_do, must_refuse, refuse};
 use crate::{

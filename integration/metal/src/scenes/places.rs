@@ -1,4 +1,5 @@
-//! Queues in places and of sizes that are none, notifications of nothing, status bits in any order. A machine may end a VM for it.
+//! Queues in places and of sizes that are none, notifications of nothing, status bits in any order. A machine may end a
+//! VM for it.
 
 use crate::{
     Guest,

@@ -1,5 +1,5 @@
-//! The share's own directories are the host's: nothing in them can be made, renamed, removed or changed. What is mounted there can be
-//! written, as its mount says.
+//! The share's own directories are the host's: nothing in them can be made, renamed, removed or changed. What is
+//! mounted there can be written, as its mount says.
 
 use super::{must_do, must_refuse, refuse};
 use crate::{

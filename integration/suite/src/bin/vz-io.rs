@@ -1,7 +1,7 @@
 //! Measures a directory: `vz-io DIRECTORY [MIB]` prints one line for each kind of use, `name value unit`.
 //!
-//! The same program runs on the host and in a container that has the directory as a volume, so that what is between the two is
-//! measured, and nothing else. Files are made anew below the directory, and removed where all went well.
+//! The same program runs on the host and in a container that has the directory as a volume, so that what is between the
+//! two is measured, and nothing else. Files are made anew below the directory, and removed where all went well.
 
 use std::{
     env,

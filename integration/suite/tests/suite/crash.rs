@@ -92,7 +92,8 @@ fn the_anchor_is_killed_while_running(lab: &Lab) -> Verdict {
 
 fn the_agent_is_killed_while_running(lab: &Lab) -> Verdict {
     lab.vz_only()?;
-    // In the guest's first pid namespace its agent can be seen and killed: pid 1 is its init, the server a child of that.
+    // In the guest's first pid namespace its agent can be seen and killed: pid 1 is its init, the server a child of
+    // that.
     let flags = ["--pid", "host", "--cap-add", "ALL"];
     let container = Container::start(lab, "agent", &[&flags[..], &[DEBIAN, "sh", "-c", "sleep 1000; exit 5"]].concat());
     let server = "ps -e -o pid=,ppid=,comm= | awk '$2 == 1 && $3 == init { print $1 }' init=\"$(ps -o comm= -p 1)\"";
@@ -157,8 +158,8 @@ fn killed_under_nerdctl(lab: &Lab, role: Role) -> Verdict {
         });
     };
     told(1);
-    // It starts again as if nothing had been; "already exists" until containerd has forgotten the dead shim, which it does
-    // after it has told of the deletion.
+    // It starts again as if nothing had been; "already exists" until containerd has forgotten the dead shim, which it
+    // does after it has told of the deletion.
     until("the container to start again", Duration::from_secs(20), || {
         (container.nerdctl("start").code() == 0).then_some(())
     });

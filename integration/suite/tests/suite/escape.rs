@@ -1,6 +1,6 @@
 //! A hostile guest: what confines the processes of its sandbox, threads of them taken over, and guest root with every
-//! capability. Nothing outside the share is read or written, nothing on the host grows without bound, and other sandboxes
-//! do not notice.
+//! capability. Nothing outside the share is read or written, nothing on the host grows without bound, and other
+//! sandboxes do not notice.
 //!
 //! What needs a hostile guest kernel, raw requests of its drivers, is in `metal`.
 
@@ -655,8 +655,8 @@ fn a_device_node_of_an_image_is_opened_by_no_thread(lab: &Lab) -> Verdict {
     Ok(())
 }
 
-/// Does to the share's own directories whatever may disturb a container that is being made: floods, renames, exchanges and links. What it
-/// could do is counted in /done.
+/// Does to the share's own directories whatever may disturb a container that is being made: floods, renames, exchanges
+/// and links. What it could do is counted in /done.
 const RIOT: &str = r#"
 import ctypes, os, sys
 share, planted = "/proc/1/root/run/vz/share", sys.argv[1].encode()

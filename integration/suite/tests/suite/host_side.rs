@@ -56,7 +56,8 @@ fn open_files(pid: i32) -> [String; 2] {
     [words.next().expect("a soft limit"), words.next().expect("a hard limit")]
 }
 
-/// The soft limit that containerd was started with, by this process. It raises its own, and gives this one to its children.
+/// The soft limit that containerd was started with, by this process. It raises its own, and gives this one to its
+/// children.
 fn given_open_files() -> String {
     let [soft, _] = open_files(host::own_pid());
     soft

@@ -159,8 +159,8 @@ fn descriptors(pid: i32) -> usize {
     fs::read_dir(format!("/proc/{pid}/fd")).map_or(0, Iterator::count)
 }
 
-/// Removes a container whose guest does not help: in time, with its events in order and its end told once, and with none of
-/// its processes left. What else may be left, the suite looks for after each test.
+/// Removes a container whose guest does not help: in time, with its events in order and its end told once, and with
+/// none of its processes left. What else may be left, the suite looks for after each test.
 #[track_caller]
 fn removed(lab: &Lab, events: &Recorder, id: &str, what: &str, remove: &dyn Fn()) {
     let begun = Instant::now();

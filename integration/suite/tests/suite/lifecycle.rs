@@ -170,8 +170,9 @@ fn logs_are_kept_and_followed(lab: &Lab) -> Verdict {
     assert!(logs.ok() == wanted, "{} lines of log instead of {}", logs.text().lines().count(), wanted.lines().count());
     assert_eq!(logs.errors(), "two");
     let followed = follow.wait().ok();
-    // The log is whole, see above. What nerdctl shows of it while it grows can lack lines: it decodes anew from wherever
-    // the file ended, in the middle of an entry too, and stops when it is told of the exit. What it shows is in order.
+    // The log is whole, see above. What nerdctl shows of it while it grows can lack lines: it decodes anew from
+    // wherever the file ended, in the middle of an entry too, and stops when it is told of the exit. What it shows is
+    // in order.
     let mut rest = wanted.lines();
     let strange = followed.lines().find(|line| !rest.any(|wanted| wanted == *line));
     assert!(strange.is_none(), "followed what is not in the log, or not in its order: {strange:?}");

@@ -1,4 +1,5 @@
-//! `vz vm linux`: guest bundles, installed, verified and refused by name; and containers on a bundle that was so installed.
+//! `vz vm linux`: guest bundles, installed, verified and refused by name; and containers on a bundle that was so
+//! installed.
 
 use std::fs;
 
@@ -141,7 +142,8 @@ fn the_developer_profile_has_what_it_is_for(lab: &Lab) -> Verdict {
     for word in wanted {
         assert!(has.iter().any(|had| had == word), "the developer's kernel has no {word}: {has:?}");
     }
-    // KVM is there where the processor has it, which the machine on software emulation hides: it costs time at every boot.
+    // KVM is there where the processor has it, which the machine on software emulation hides: it costs time at every
+    // boot.
     let has = |word: &str| has.iter().any(|had| had == word);
     assert_eq!(has("kvm"), has("processor"), "/dev/kvm is there where the virtual processor has virtualization");
     // The same directory has the container's bundle in it.

@@ -1,7 +1,7 @@
 //! A guest without a kernel, which speaks raw virtio to the real vmm: out/metal, made of integration/metal.
 //!
-//! Whatever it sends, the vmm answers, ignores or ends its VM with a cause; it is not a mistake of the vmm's, nor a denied
-//! system call, that ends it. Nothing outside of the share is there for it, and other sandboxes do not notice.
+//! Whatever it sends, the vmm answers, ignores or ends its VM with a cause; it is not a mistake of the vmm's, nor a
+//! denied system call, that ends it. Nothing outside of the share is there for it, and other sandboxes do not notice.
 
 use std::{
     cell::RefCell,

@@ -1,4 +1,5 @@
-//! Networks as runc's users have them: CNI, nerdctl's networks, names and ports. Packets are real; nothing is left behind.
+//! Networks as runc's users have them: CNI, nerdctl's networks, names and ports. Packets are real; nothing is left
+//! behind.
 
 use std::{fs, path::Path, time::Duration};
 
@@ -166,8 +167,8 @@ fn ctr_connects_by_cni(lab: &Lab) -> Verdict {
     Ok(())
 }
 
-/// Takes away what `ctr run --cni` leaves, with runc too: it names no namespace when it has its plugins take the network down,
-/// and without one they do not look for the container's masquerading.
+/// Takes away what `ctr run --cni` leaves, with runc too: it names no namespace when it has its plugins take the
+/// network down, and without one they do not look for the container's masquerading.
 fn drop_masquerading(id: &str) {
     let script = r#"
         iptables -t nat -S | grep -F "default-$1\\\"" | sed 's/^-A/-D/' | while IFS= read -r rule; do

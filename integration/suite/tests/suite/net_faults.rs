@@ -91,7 +91,8 @@ pub(crate) fn hook(script: &str) -> Value {
     json!({ "path": "/bin/sh", "args": ["hook", "-c", script], "env": ["PATH=/usr/sbin:/usr/bin:/sbin:/bin", "SAID=yes"] })
 }
 
-/// Writes the hook's name and the state's status, the network namespace of its pid, and whether the bundle has the hooks.
+/// Writes the hook's name and the state's status, the network namespace of its pid, and whether the bundle has the
+/// hooks.
 fn reporting(name: &str, file: &str) -> Value {
     hook(&format!(
         "state=$(cat); field() {{ printf %s \"$state\" | jq -r \"$1\"; }}; pid=$(field .pid); \
