@@ -348,3 +348,111 @@ fn stream(fd: OwnedFd) -> Result<UnixStream, Error> {
     stream.set_nonblocking(true).map_err(Error::Connection)?;
     UnixStream::from_std(stream).map_err(Error::Connection)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use nix::sched::CloneFlags;
+    use tokio::io::AsyncReadExt;
+    use vz_sys::process::Command;
+
+    use super::*;
+
+    const SOON: Duration = Duration::from_millis(50);
+    const LATE: Duration = Duration::from_secs(60);
+
+    /// A vmm process that does nothing, and the other end of its channel. `outlives_parent`, since tests are on threads.
+    fn started(script: &str) -> (Started, Channel) {
+        let (channel, theirs) = Channel::pair().unwrap();
+        let command = Command {
+            program: c"/bin/sh".into(),
+            args: vec![c"sh".into(), c"-c".into(), std::ffi::CString::new(script).unwrap()],
+            env: vec![c"PATH=/usr/bin:/bin".into()],
+            fds: Vec::new(),
+            namespaces: CloneFlags::empty(),
+            outlives_parent: true,
+        };
+        (Started { channel, process: command.spawn().unwrap() }, theirs)
+    }
+
+    /// A vmm that is listened to, and what the sandbox is told.
+    fn listened_to(script: &str) -> (Arc<Vmm>, Channel, mpsc::Receiver<Notice>) {
+        let (started, theirs) = started(script);
+        let vmm = Arc::new(started.listen().unwrap());
+        let (notices, receiver) = notices();
+        let running = vmm.clone();
+        tokio::spawn(async move { running.run(notices).await });
+        (vmm, theirs, receiver)
+    }
+
+    fn tell(theirs: &Channel, event: &Event, fds: &[std::os::fd::BorrowedFd<'_>]) {
+        control::send(theirs, event, fds).unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_vmm_that_does_not_answer_has_a_deadline() {
+        let (vmm, theirs, _notices) = listened_to("exec sleep 1000");
+        let error = vmm.dial(7, SOON).await.unwrap_err();
+        assert!(matches!(error, Error::Silent { port: 7, .. }), "{error}");
+        // An answer that comes late reaches nobody, and harms none.
+        tell(&theirs, &Event::Dialed { id: 0, error: None }, &[]);
+        let asking = tokio::spawn({
+            let vmm = vmm.clone();
+            async move { vmm.dial(8, LATE).await }
+        });
+        while vmm.dials().is_empty() {
+            tokio::task::yield_now().await;
+        }
+        tell(&theirs, &Event::Dialed { id: 1, error: Some("nobody listens".into()) }, &[]);
+        let error = asking.await.unwrap().unwrap_err();
+        assert_eq!(error.to_string(), "connect to guest port 8: nobody listens");
+        vmm.end().await;
+    }
+
+    #[tokio::test]
+    async fn connections_come_with_what_they_are_for() {
+        let (vmm, theirs, mut notices) = listened_to("exec sleep 1000");
+        let (near, far) = StdUnixStream::pair().unwrap();
+        tell(&theirs, &Event::Accepted { port: 5 }, &[near.as_fd()]);
+        drop(near);
+        let Some(Notice::Accepted { port: 5, mut stream }) = notices.recv().await else { panic!("not accepted") };
+        io::Write::write_all(&mut &far, b"hello").unwrap();
+        drop(far);
+        let mut said = String::new();
+        stream.read_to_string(&mut said).await.unwrap();
+        assert_eq!(said, "hello");
+        // Without a connection it is nothing.
+        tell(&theirs, &Event::Accepted { port: 6 }, &[]);
+        vmm.end().await;
+        drop(theirs);
+        assert!(matches!(notices.recv().await, Some(Notice::Ended(Err(_)))));
+    }
+
+    #[tokio::test]
+    async fn an_end_without_a_word_is_explained_and_answers_all_who_ask() {
+        for (script, why) in [("exit 3", "ended with exit code 3"), ("kill -9 $$", "was killed (SIGKILL)")] {
+            let (vmm, theirs, mut notices) = listened_to(script);
+            let asking = tokio::spawn({
+                let vmm = vmm.clone();
+                async move { vmm.dial(7, LATE).await }
+            });
+            while vmm.dials().is_empty() {
+                tokio::task::yield_now().await;
+            }
+            drop(theirs);
+            let Some(Notice::Ended(Err(said))) = notices.recv().await else { panic!("not ended") };
+            assert!(said.contains(why), "{said}");
+            assert!(matches!(asking.await.unwrap(), Err(Error::Gone)));
+            assert!(notices.recv().await.is_none());
+        }
+    }
+
+    #[tokio::test]
+    async fn a_vmm_that_is_given_up_has_ended() {
+        let (vmm, _theirs, mut notices) = listened_to("exec sleep 1000");
+        vmm.given_up.send_replace(Some("it is held".into()));
+        assert!(matches!(notices.recv().await, Some(Notice::Ended(Err(why))) if why == "it is held"));
+        vmm.end().await;
+    }
+}
