@@ -1,8 +1,7 @@
 //! The agent, spoken to as the shim does: its hello, the kernel's log, and commands in a container of BusyBox's.
 
 use std::{
-    fs::File,
-    io::{self, Read},
+    io,
     path::Path,
     time::{Duration, Instant, SystemTime},
 };
@@ -17,6 +16,7 @@ use vz_proto::{
     AgentClient, CONTROL_PORT, ContainerRequest, CreateContainerRequest, Hello, LOG_PORT, LogRecord, NETNS_PATH,
     ProcessRequest, STREAM_PORT, Stdio, Welcome, frame,
 };
+use vz_sys::{hex, random};
 
 use crate::{
     phases::Line,
@@ -112,7 +112,7 @@ impl Guest {
             return Err(Error::Version { found: hello.agent_version, wanted: wanted.to_owned() });
         }
         let mut seed = vec![0; 64];
-        File::open("/dev/urandom").and_then(|mut f| f.read_exact(&mut seed)).map_err(Error::Random)?;
+        random::fill(&mut seed).map_err(Error::Random)?;
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         let welcome = Welcome {
             seed,
@@ -188,8 +188,8 @@ async fn kernel_log(mut stream: UnixStream) -> Result<Vec<Line>, Error> {
 /// A name that nobody in the guest can guess.
 fn token() -> io::Result<String> {
     let mut bytes = [0; frame::TOKEN_LEN / 2];
-    File::open("/dev/urandom")?.read_exact(&mut bytes)?;
-    Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
+    random::fill(&mut bytes)?;
+    Ok(hex::encode(&bytes))
 }
 
 fn spec(command: &str) -> serde_json::Value {
