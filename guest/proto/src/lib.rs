@@ -34,6 +34,7 @@ pub use generated::agent_ttrpc::{Agent, AgentClient, create_agent};
 pub use protobuf::well_known_types::empty::Empty;
 
 pub mod frame;
+pub mod handshake;
 
 /// CID of the host, by definition of the protocol.
 pub const HOST_CID: u32 = 2;
