@@ -7,7 +7,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
+pub use vz_linux::KernelProfile as LinuxProfile;
 
 mod layer;
 
@@ -17,8 +18,9 @@ pub const MAIN: &str = "/etc/vz/config.toml";
 pub const DROP_INS: &str = "/etc/vz/config.d";
 /// Prefix of annotations that are for us.
 pub const ANNOTATION: &str = "io.containerd.vz/";
+
 /// Which machine a sandbox runs on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Machine {
     /// The best that works on this host.
@@ -30,24 +32,13 @@ pub enum Machine {
     Qemu,
 }
 
-/// Which guest kernel is looked for where no bundle is configured.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum LinuxProfile {
-    /// Constrained: what containers need and nothing else.
-    #[default]
-    Container,
-    /// Broad.
-    Developer,
-}
-
 /// The whole configuration. Defaults are those of `config/vz.toml`.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
     /// Which machine to use.
     pub machine: Machine,
-    /// Which guest kernel to use.
+    /// Which guest kernel is looked for where no bundle is configured.
     pub linux_profile: LinuxProfile,
     /// Annotations that a container may set, without [`ANNOTATION`].
     pub annotations: Vec<String>,
@@ -180,7 +171,7 @@ impl Default for Config {
     fn default() -> Self {
         Self {
             machine: Machine::default(),
-            linux_profile: LinuxProfile::default(),
+            linux_profile: LinuxProfile::Container,
             annotations: vec!["vcpus".into(), "memory-mib".into()],
             log_level: LogLevel::default(),
             guest: Guest::default(),

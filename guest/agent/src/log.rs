@@ -6,7 +6,7 @@ use std::{
     fmt::{self, Write as _},
     fs::File,
     io::Write as _,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex},
 };
 
 use tracing::{
@@ -15,6 +15,7 @@ use tracing::{
     level_filters::LevelFilter,
     span,
 };
+use vz_sys::sync::lock;
 
 /// Where lines go. Must not block and must not log.
 pub trait Sink: Send {
@@ -48,7 +49,7 @@ pub fn install(sink: impl Sink + 'static) -> Log {
 impl Log {
     /// Sends lines elsewhere from now on.
     pub fn redirect(&self, level: LevelFilter, sink: impl Sink + 'static) {
-        let mut shared = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut shared = lock(&self.0);
         shared.level = level;
         shared.sink = Box::new(sink);
         drop(shared);
@@ -57,13 +58,13 @@ impl Log {
 
     /// Sets the lowest level that is logged.
     pub fn set_level(&self, level: LevelFilter) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).level = level;
+        lock(&self.0).level = level;
         tracing::callsite::rebuild_interest_cache();
     }
 
     /// The lowest level that is logged.
     pub fn level(&self) -> LevelFilter {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).level
+        lock(&self.0).level
     }
 }
 
@@ -81,7 +82,7 @@ impl Subscriber for Log {
         event.record(&mut line);
         let Line { message, fields, container } = line;
         let level = *event.metadata().level();
-        let mut shared = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut shared = lock(&self.0);
         shared.sink.line(level, &container, &(message + &fields));
     }
 

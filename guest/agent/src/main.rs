@@ -15,16 +15,7 @@
     clippy::arithmetic_side_effects,
     clippy::panic
 )]
-#![cfg_attr(
-    test,
-    allow(
-        clippy::unwrap_used,
-        clippy::expect_used,
-        clippy::indexing_slicing,
-        clippy::arithmetic_side_effects,
-        clippy::panic
-    )
-)]
+#![cfg_attr(test, allow(clippy::arithmetic_side_effects))]
 
 mod boot;
 mod clock;

@@ -8,7 +8,7 @@ use nix::{
 };
 
 /// Writes what is cached and ends the VM.
-pub fn off() -> ! {
+fn off() -> ! {
     sync();
     // Without ACPI nothing can switch the machine off; the kernel's command line and the VMM make a reboot its end.
     let modes = if Path::new("/sys/firmware/acpi").exists() {

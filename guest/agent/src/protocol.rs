@@ -96,8 +96,6 @@ pub enum Request {
         /// Its name.
         level: String,
     },
-    /// End the VM. Not answered.
-    PowerOff,
 }
 
 /// From PID 1.

@@ -6,6 +6,7 @@ use std::io;
 
 use protobuf::Message;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use vz_sys::{hex, random};
 
 /// Largest frame that is sent or accepted, in bytes.
 pub const MAX_FRAME: u32 = 64 * 1024;
@@ -62,6 +63,13 @@ pub async fn read<M: Message>(from: &mut (impl AsyncRead + Unpin)) -> Result<Opt
     Ok(Some(M::parse_from_bytes(&body)?))
 }
 
+/// A new stream token: nobody in the guest can guess it.
+pub fn new_token() -> io::Result<String> {
+    let mut bytes = [0; TOKEN_LEN / 2];
+    random::fill(&mut bytes)?;
+    Ok(hex::encode(&bytes))
+}
+
 /// Opens a stdio stream: writes its token.
 pub async fn write_token(to: &mut (impl AsyncWrite + Unpin), token: &str) -> Result<(), Error> {
     if !is_token(token.as_bytes()) {
@@ -112,6 +120,13 @@ mod tests {
         write(&mut wire, &Hello { agent_version: "x".into(), ..Default::default() }).await.unwrap();
         wire.pop();
         assert!(matches!(read::<Hello>(&mut wire.as_slice()).await, Err(Error::Io(_))));
+    }
+
+    #[test]
+    fn a_new_token_is_one_and_another_each_time() {
+        let tokens = [new_token().unwrap(), new_token().unwrap()];
+        assert!(tokens.iter().all(|token| is_token(token.as_bytes())), "{tokens:?}");
+        assert_ne!(tokens[0], tokens[1]);
     }
 
     #[tokio::test]

@@ -22,7 +22,6 @@
     clippy::arithmetic_side_effects,
     clippy::panic
 )]
-#![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
 
 /// Generated messages and service; see `proto/agent.proto` for the contract of each.
 #[allow(missing_debug_implementations, unused_qualifications, clippy::all, clippy::pedantic, clippy::restriction)]
@@ -35,6 +34,7 @@ pub use generated::agent_ttrpc::{Agent, AgentClient, create_agent};
 pub use protobuf::well_known_types::empty::Empty;
 
 pub mod frame;
+pub mod handshake;
 
 /// CID of the host, by definition of the protocol.
 pub const HOST_CID: u32 = 2;

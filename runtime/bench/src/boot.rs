@@ -246,7 +246,7 @@ async fn to_chroot(vm: &mut Vm, plan: &Plan, state_dir: &Path) -> Result<Boot, E
         vm::Error::Ended(ended) if ended.cause == Cause::BootTimeout => return Err(Error::Timeout(plan.timeout)),
         other => return Err(other.into()),
     }
-    let console = fs::read(state_dir.join("console.log"))
+    let console = fs::read(state_dir.join(vz_state::CONSOLE))
         .map_err(|source| Error::Host { action: "read the guest's console", source })?;
     let report = rootfs::report(&String::from_utf8_lossy(&console))?;
     let times = phases::to_chroot(&report.log)?;

@@ -1,10 +1,9 @@
 //! The agent, spoken to as the shim does: its hello, the kernel's log, and commands in a container of BusyBox's.
 
 use std::{
-    fs::File,
-    io::{self, Read},
+    io,
     path::Path,
-    time::{Duration, Instant, SystemTime},
+    time::{Duration, Instant},
 };
 
 use serde_json::json;
@@ -15,7 +14,7 @@ use ttrpc::{
 };
 use vz_proto::{
     AgentClient, CONTROL_PORT, ContainerRequest, CreateContainerRequest, Hello, LOG_PORT, LogRecord, NETNS_PATH,
-    ProcessRequest, STREAM_PORT, Stdio, Welcome, frame,
+    ProcessRequest, STREAM_PORT, Stdio, Welcome, frame, handshake,
 };
 
 use crate::{
@@ -41,16 +40,9 @@ pub enum Error {
     /// It closed a connection.
     #[error("the guest agent closed its connection without {0}")]
     Closed(&'static str),
-    /// It is not the agent of the bundle.
-    #[error(
-        "the guest agent has version {found:?}, the guest bundle names {wanted:?}: build or install the bundle again"
-    )]
-    Version {
-        /// What it says.
-        found: String,
-        /// What version.json says.
-        wanted: String,
-    },
+    /// It did not say hello as it should.
+    #[error(transparent)]
+    Handshake(#[from] handshake::Error),
     /// Random bytes.
     #[error("read random bytes")]
     Random(#[source] io::Error),
@@ -106,23 +98,15 @@ impl Guest {
     /// Waits for the hello, answers it, and takes the kernel's log.
     pub async fn meet(vm: &mut Vm, wanted: &str) -> Result<Self, Error> {
         let mut stream = vm.connection(CONTROL_PORT).await?;
-        let hello: Hello = frame::read(&mut stream).await?.ok_or(Error::Closed("a hello"))?;
+        let hello = handshake::hello(&mut stream, wanted).await?;
         let heard = Instant::now();
-        if hello.agent_version != wanted {
-            return Err(Error::Version { found: hello.agent_version, wanted: wanted.to_owned() });
-        }
-        let mut seed = vec![0; 64];
-        File::open("/dev/urandom").and_then(|mut f| f.read_exact(&mut seed)).map_err(Error::Random)?;
-        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-        let welcome = Welcome {
-            seed,
-            realtime_ns: u64::try_from(now.as_nanos()).unwrap_or_default(),
+        let settings = Welcome {
             log_level: "warn".into(),
             hostname: "vz-linux-bench".into(),
             kernel_log: true,
             ..Default::default()
         };
-        frame::write(&mut stream, &welcome).await?;
+        handshake::welcome(&mut stream, settings).await?;
         let log = kernel_log(vm.connection(LOG_PORT).await?).await?;
         let client = AgentClient::new(Client::new(Socket::new(stream)));
         Ok(Self { client, hello, heard, log, containers: 0 })
@@ -133,7 +117,7 @@ impl Guest {
     pub async fn run(&mut self, vm: &mut Vm, command: &str, network: &[u8], limit: Duration) -> Result<Output, Error> {
         self.containers += 1;
         let id = format!("bench-{}", self.containers);
-        let token = token().map_err(Error::Random)?;
+        let token = frame::new_token().map_err(Error::Random)?;
         let mut stream = vm.dial(STREAM_PORT).await?;
         frame::write_token(&mut stream, &token).await?;
         let stdio = Stdio { stdout: token, ..Default::default() };
@@ -183,13 +167,6 @@ async fn kernel_log(mut stream: UnixStream) -> Result<Vec<Line>, Error> {
             lines.push(Line::from(record));
         }
     }
-}
-
-/// A name that nobody in the guest can guess.
-fn token() -> io::Result<String> {
-    let mut bytes = [0; frame::TOKEN_LEN / 2];
-    File::open("/dev/urandom")?.read_exact(&mut bytes)?;
-    Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
 fn spec(command: &str) -> serde_json::Value {

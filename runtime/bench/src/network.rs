@@ -6,7 +6,7 @@ use std::{
     io,
     net::{IpAddr, Ipv4Addr, SocketAddr},
     os::fd::OwnedFd,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex},
 };
 
 use netlink_packet_route::{
@@ -25,6 +25,7 @@ use vz_net::{
     netns::Netns,
     wire::{self, Wiring},
 };
+use vz_sys::sync::lock;
 
 /// Addresses for documentation (RFC 5737): nobody else's.
 const HOST: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
@@ -155,7 +156,7 @@ impl Wire {
 impl Wire {
     /// Why a connection of the guest's could not be passed on, since this was asked last.
     pub fn failure(&self) -> Option<String> {
-        self.failure.lock().unwrap_or_else(PoisonError::into_inner).take()
+        lock(&self.failure).take()
     }
 }
 
@@ -190,7 +191,7 @@ async fn relay(listener: TcpListener, target: (String, u16), failure: Failure) {
                 Ok(mut host) => drop(tokio::io::copy_bidirectional(&mut guest, &mut host).await),
                 Err(e) => {
                     let why = format!("connect to {}, port {}: {e}", target.0, target.1);
-                    *failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(why);
+                    *lock(&failure) = Some(why);
                 }
             }
         });

@@ -10,6 +10,7 @@ use std::{
 
 use sha2::{Digest, Sha256};
 use vz_linux::{Artifact, Bundle, INITRAMFS, KERNEL, VERSION, VersionInfo};
+use vz_sys::hex;
 
 use crate::cpio::{self, Archive};
 
@@ -120,7 +121,7 @@ fn make(kernel: &Path, lender: &Bundle, more: &[u8], work: &Path) -> Result<Path
     opened.read_to_end(&mut content).map_err(file("read", &kernel))?;
     version.artifacts = [(KERNEL, content.as_slice()), (INITRAMFS, initramfs.as_slice())]
         .map(|(name, content)| {
-            let sha256 = Sha256::digest(content).iter().map(|byte| format!("{byte:02x}")).collect();
+            let sha256 = hex::encode(&Sha256::digest(content));
             (name.to_owned(), Artifact { sha256, size: u64::try_from(content.len()).ok() })
         })
         .into();
@@ -185,7 +186,7 @@ mod tests {
     use super::*;
 
     fn sha256(content: &[u8]) -> String {
-        Sha256::digest(content).iter().map(|byte| format!("{byte:02x}")).collect()
+        hex::encode(&Sha256::digest(content))
     }
 
     fn write_bundle(dir: &Path) {

@@ -8,13 +8,11 @@ use std::{
 };
 
 use nix::time::{ClockId, clock_gettime};
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use vz_machine::control::MachineKind;
+use vz_state::Resource;
 
 use crate::table::{Style, colours, columns};
-
-/// Where the shims keep their state: NAMESPACE/ID, each with a journal.
-const ROOT: &str = "/run/vz";
 
 /// A sandbox whose shim lives.
 #[derive(Debug, PartialEq, Eq, Serialize)]
@@ -29,30 +27,9 @@ struct Sandbox {
     age_s: u64,
 }
 
-/// A line of a journal, as far as it matters here; the shim writes it.
-#[derive(Deserialize)]
-#[serde(rename_all = "snake_case")]
-enum Line {
-    Made(Resource),
-    #[serde(other)]
-    Other,
-}
-
-#[derive(Deserialize)]
-#[serde(tag = "kind", rename_all = "snake_case")]
-enum Resource {
-    Process {
-        role: String,
-        pid: i32,
-        start_time: u64,
-    },
-    #[serde(other)]
-    Other,
-}
-
 /// What `vz ps` prints.
 pub fn list(json: bool) -> io::Result<String> {
-    let sandboxes = sandboxes(Path::new(ROOT), Path::new("/proc"))?;
+    let sandboxes = sandboxes(Path::new(vz_state::ROOT), Path::new("/proc"))?;
     if json {
         return Ok(format!("{}\n", serde_json::to_string_pretty(&sandboxes)?));
     }
@@ -79,8 +56,8 @@ pub fn console(sandbox: &str) -> io::Result<Vec<u8>> {
     if [namespace, id].iter().any(|part| part.is_empty() || part.starts_with('.')) {
         return Err(bad(format!("{sandbox:?} is not the name of a sandbox")));
     }
-    let dir = Path::new(ROOT).join(namespace).join(id);
-    let path = dir.join("console.log");
+    let dir = vz_state::dir(namespace, id);
+    let path = dir.join(vz_state::CONSOLE);
     let mut bytes = Vec::new();
     match fs::File::open(&path) {
         Ok(mut file) => file.read_to_end(&mut bytes)?,
@@ -100,8 +77,9 @@ fn sandboxes(root: &Path, proc: &Path) -> io::Result<Vec<Sandbox>> {
     for (namespace, dir) in directories(root)? {
         // It may end while we look.
         for (id, dir) in directories(&dir).unwrap_or_default() {
-            let Ok(journal) = fs::read_to_string(dir.join("journal")) else { continue };
-            found.extend(sandbox(&namespace, &id, &journal, proc));
+            // The last line may be half written.
+            let Ok(owned) = vz_state::read(&dir, |_| ()) else { continue };
+            found.extend(sandbox(&namespace, &id, &owned, proc));
         }
     }
     found.sort_by(|a, b| (&a.namespace, &a.id).cmp(&(&b.namespace, &b.id)));
@@ -119,21 +97,15 @@ fn directories(dir: &Path) -> io::Result<Vec<(String, PathBuf)>> {
     Ok(entries.flatten().map(named).filter(|(_, path)| path.is_dir()).collect())
 }
 
-/// The sandbox of a journal; none where its shim is gone.
-fn sandbox(namespace: &str, id: &str, journal: &str, proc: &Path) -> Option<Sandbox> {
-    let (mut shim, mut vmm) = (None, None);
-    for line in journal.lines() {
-        // One may be half written.
-        let Ok(Line::Made(Resource::Process { role, pid, start_time })) = serde_json::from_str(line) else { continue };
-        match role.as_str() {
-            "shim" => shim = Some((pid, start_time)),
-            "vmm" => vmm = Some((pid, start_time)),
-            _ => {}
-        }
-    }
-    let lives = |(pid, then): &(i32, u64)| started(proc, *pid) == Some(*then);
-    let (shim_pid, start) = shim.filter(lives)?;
-    let vmm_pid = vmm.filter(lives).map(|(pid, _)| pid);
+/// The sandbox that owns this; none where its shim is gone.
+fn sandbox(namespace: &str, id: &str, owned: &[Resource], proc: &Path) -> Option<Sandbox> {
+    let living = |wanted: &str| {
+        let is_it = |resource: &&Resource| matches!(resource, Resource::Process { role, .. } if role == wanted);
+        let process = owned.iter().rfind(is_it)?.process()?;
+        process.is_alive_below(proc).then_some(process)
+    };
+    let shim = living(vz_state::SHIM)?;
+    let vmm_pid = living(vz_state::VMM).map(|vmm| vmm.pid);
     let hertz =
         nix::unistd::sysconf(nix::unistd::SysconfVar::CLK_TCK).ok().flatten().and_then(|n| u64::try_from(n).ok());
     let up = clock_gettime(ClockId::CLOCK_BOOTTIME).map(Duration::from).unwrap_or_default().as_secs();
@@ -141,20 +113,10 @@ fn sandbox(namespace: &str, id: &str, journal: &str, proc: &Path) -> Option<Sand
         namespace: namespace.to_owned(),
         id: id.to_owned(),
         machine: vmm_pid.and_then(|pid| machine(proc, pid)),
-        shim_pid,
+        shim_pid: shim.pid,
         vmm_pid,
-        age_s: up.saturating_sub(start / hertz.unwrap_or(100)),
+        age_s: up.saturating_sub(shim.start_time / hertz.unwrap_or(100)),
     })
-}
-
-/// When a process was started, in clock ticks since boot; none where it is gone or has ended: proc_pid_stat(5), fields 3
-/// and 22.
-pub(crate) fn started(proc: &Path, pid: i32) -> Option<u64> {
-    let stat = fs::read_to_string(proc.join(pid.to_string()).join("stat")).ok()?;
-    // The name, field 2, may contain anything, but it ends with the last parenthesis.
-    let mut fields = stat.rsplit_once(')')?.1.split_whitespace();
-    let state = fields.next()?;
-    if state == "Z" || state == "X" { None } else { fields.nth(18)?.parse().ok() }
 }
 
 /// Which machine a vmm process runs: it has a VM of its own, or QEMU as its child.

@@ -13,7 +13,7 @@ use linux_loader::loader::{
 use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryRegion};
 use vz_virtio::Memory;
 
-use crate::{Error, beside::beside, image::Image, layout, memory};
+use crate::{Error, image::Image, join::join, layout, memory};
 
 const E820_RAM: u32 = 1;
 const E820_RESERVED: u32 = 2;
@@ -30,7 +30,7 @@ pub(crate) fn load(memory: &Memory, kernel: &File, initramfs: &File, cmdline: &s
     // Most of what a start costs on the host is this copying, so both are copied at once. Nobody runs yet: where the initramfs
     // is too large, what it overwrites of the kernel is an error afterwards.
     let (initramfs, (entry, kernel_end)) =
-        beside("initramfs", || load_initramfs(memory, initramfs), || load_kernel(memory, kernel))?;
+        join("initramfs", || load_initramfs(memory, initramfs), || load_kernel(memory, kernel))?;
     let initramfs = behind(initramfs, kernel_end, memory)?;
     load_cmdline(memory, cmdline)?;
     let zero_page = zero_page(memory, initramfs, cmdline.len())?;

@@ -9,7 +9,7 @@ use std::{
     io::{self, ErrorKind},
     os::fd::{AsRawFd, RawFd},
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard,
         mpsc::{Receiver, SyncSender, sync_channel},
     },
 };
@@ -21,9 +21,10 @@ use vmm_sys_util::{
     eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd},
 };
 use vz_jail::Role;
+use vz_sys::sync::lock;
 use vz_virtio::{Backend, Kicks, Kind, Memory, Queue, Worker};
 
-use crate::{Error, OnFailure, chain, mmio, window::Window};
+use crate::{Error, OnFailure, chain, register, register_page::RegisterPage};
 
 /// Epoll data: a worker's commands, then its queues, then its backend's sources.
 const COMMAND: u64 = 0;
@@ -42,7 +43,7 @@ const EVENTS: usize = 16;
 #[derive(Debug)]
 pub(crate) struct Interrupt {
     status: Mutex<u32>,
-    window: Window,
+    page: RegisterPage,
     line: Box<dyn InterruptLine>,
 }
 
@@ -76,8 +77,8 @@ impl Interrupt {
     /// The configuration space changed, or the device needs a reset.
     pub(crate) const CONFIG: u32 = 2;
 
-    fn new(window: Window, line: Box<dyn InterruptLine>) -> Self {
-        Self { status: Mutex::new(0), window, line }
+    fn new(page: RegisterPage, line: Box<dyn InterruptLine>) -> Self {
+        Self { status: Mutex::new(0), page, line }
     }
 
     fn change(&self, change: impl FnOnce(u32) -> u32) -> MutexGuard<'_, u32> {
@@ -85,7 +86,7 @@ impl Interrupt {
         let changed = change(*status);
         if changed != *status {
             *status = changed;
-            self.window.set(mmio::INTERRUPT_STATUS, changed);
+            self.page.set(register::INTERRUPT_STATUS, changed);
         }
         status
     }
@@ -123,7 +124,7 @@ impl InterruptLine for Unheard {
 #[derive(Debug)]
 struct Status {
     shown: Mutex<Shown>,
-    window: Window,
+    page: RegisterPage,
 }
 
 #[derive(Debug, Clone, Copy, Default)]
@@ -137,8 +138,8 @@ impl Status {
     fn change(&self, change: impl FnOnce(&mut Shown)) {
         let mut shown = lock(&self.shown);
         change(&mut shown);
-        let needs_reset = if shown.broken { mmio::status::NEEDS_RESET } else { 0 };
-        self.window.set(mmio::STATUS, shown.driver | needs_reset);
+        let needs_reset = if shown.broken { register::status::NEEDS_RESET } else { 0 };
+        self.page.set(register::STATUS, shown.driver | needs_reset);
     }
 
     fn is_broken(&self) -> bool {
@@ -150,13 +151,13 @@ impl Status {
 #[derive(Debug)]
 struct Space {
     shown: Mutex<(Vec<u8>, u32)>,
-    window: Window,
+    page: RegisterPage,
 }
 
 impl Space {
-    fn new(bytes: &[u8], window: Window) -> Self {
-        window.set_config(bytes);
-        Self { shown: Mutex::new((bytes.to_vec(), 0)), window }
+    fn new(bytes: &[u8], page: RegisterPage) -> Self {
+        page.set_config(bytes);
+        Self { shown: Mutex::new((bytes.to_vec(), 0)), page }
     }
 
     /// Takes over the backend's. The generation changes with it, by which the driver knows that it read across a change.
@@ -166,19 +167,14 @@ impl Space {
         if bytes.as_slice() != now {
             now.clone_into(bytes);
             *generation = generation.wrapping_add(1);
-            self.window.set_config(now);
-            self.window.set(mmio::CONFIG_GENERATION, *generation);
+            self.page.set_config(now);
+            self.page.set(register::CONFIG_GENERATION, *generation);
         }
     }
 
     fn len(&self) -> usize {
         lock(&self.shown).0.len()
     }
-}
-
-/// A panic while it is held ends the machine.
-pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// What a worker is told.
@@ -224,26 +220,26 @@ pub(crate) struct Device {
     pub(crate) interrupt: Arc<Interrupt>,
     status: Arc<Status>,
     /// What the guest reads of it.
-    pub(crate) window: Window,
+    pub(crate) page: RegisterPage,
     /// Signalled by KVM for each of its queues.
     pub(crate) notifications: Vec<EventFd>,
     lines: Vec<Line>,
 }
 
 impl Device {
-    /// Makes the device and what its threads will run; the guest reads its registers in `window`, and is interrupted by `line`.
+    /// Makes the device and what its threads will run; the guest reads its registers in `page`, and is interrupted by `line`.
     pub(crate) fn new(
         workers: Vec<Worker<Role>>,
         memory: &Memory,
-        window: Window,
+        page: RegisterPage,
         line: Box<dyn InterruptLine>,
     ) -> Result<(Self, Vec<Serving>), Error> {
         let first = workers.first().ok_or(Error::NoWorkers)?;
         let kind = first.backend.kind();
         let features = first.backend.features();
-        let space = Arc::new(Space::new(first.backend.config(), window.clone()));
-        let interrupt = Arc::new(Interrupt::new(window.clone(), line));
-        let status = Arc::new(Status { shown: Mutex::default(), window: window.clone() });
+        let space = Arc::new(Space::new(first.backend.config(), page.clone()));
+        let interrupt = Arc::new(Interrupt::new(page.clone(), line));
+        let status = Arc::new(Status { shown: Mutex::default(), page: page.clone() });
         let mut sizes: Vec<(usize, u16)> = Vec::new();
         let mut lines = Vec::new();
         let mut servings = Vec::new();
@@ -290,7 +286,7 @@ impl Device {
             }
         }
         let queue_sizes = sizes.into_iter().map(|(_, size)| size).collect();
-        Ok((Self { kind, features, queue_sizes, space, interrupt, status, window, notifications, lines }, servings))
+        Ok((Self { kind, features, queue_sizes, space, interrupt, status, page, notifications, lines }, servings))
     }
 
     /// Hands the queues, by index, to the workers.
@@ -499,7 +495,7 @@ mod tests {
     };
 
     use super::*;
-    use crate::window::Windows;
+    use crate::register_page::RegisterPages;
 
     /// Counts edges, and whether one began before another was over.
     #[derive(Debug, Default)]
@@ -524,8 +520,8 @@ mod tests {
     #[test]
     fn every_reason_is_an_edge_of_its_own() {
         let edges = Arc::new(Edges::default());
-        let window = Windows::reserve(1).unwrap().of(0);
-        let interrupt = Interrupt::new(window, Box::new(Arc::clone(&edges)));
+        let page = RegisterPages::reserve(1).unwrap().of(0);
+        let interrupt = Interrupt::new(page, Box::new(Arc::clone(&edges)));
         thread::scope(|scope| {
             for _ in 0..4 {
                 scope.spawn(|| (0..1000).for_each(|_| interrupt.raise(Interrupt::USED).unwrap()));

@@ -8,12 +8,13 @@ use vz_virtio::{Backend, Memory, Worker};
 use crate::{
     Error,
     device::{Device, Unheard},
-    mmio::{self, Registers},
-    window::Windows,
+    mmio::Registers,
+    register,
+    register_page::RegisterPages,
 };
 
 /// Offset of the notification register, of which writes do not come here.
-pub const NOTIFY: u64 = mmio::NOTIFY;
+pub const NOTIFY: u64 = register::QUEUE_NOTIFY;
 
 /// The registers of a device whose thread never runs: what it is told goes nowhere.
 #[derive(Debug)]
@@ -23,7 +24,8 @@ impl Transport {
     /// Registers for a backend with its queues.
     pub fn new(backend: Box<dyn Backend>, queues: u64, memory: &Memory) -> Result<Self, Error> {
         let worker = Worker { backend, queues, thread: "fuzz".into(), role: Role::Device };
-        let (device, _serving) = Device::new(vec![worker], memory, Windows::reserve(1)?.of(0), Box::new(Unheard))?;
+        let (device, _serving) =
+            Device::new(vec![worker], memory, RegisterPages::reserve(1)?.of(0), Box::new(Unheard))?;
         Ok(Self(Registers::new(Arc::new(device), memory.clone())))
     }
 

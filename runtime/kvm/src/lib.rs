@@ -16,16 +16,7 @@
     clippy::arithmetic_side_effects,
     clippy::panic
 )]
-#![cfg_attr(
-    test,
-    allow(
-        clippy::unwrap_used,
-        clippy::expect_used,
-        clippy::indexing_slicing,
-        clippy::arithmetic_side_effects,
-        clippy::panic
-    )
-)]
+#![cfg_attr(test, allow(clippy::arithmetic_side_effects))]
 
 use std::{io, sync::Arc};
 
@@ -33,24 +24,25 @@ use vz_sys::error::chain;
 use vz_virtio::Kind;
 
 mod acpi;
-mod beside;
 mod boot;
 mod bus;
 mod device;
-mod exits;
+mod end;
 #[cfg(feature = "fuzzing")]
 pub mod fuzzing;
 mod image;
+mod join;
 mod layout;
 mod machine;
 mod memory;
 mod mmio;
 mod ports;
+mod register;
+mod register_page;
 mod vcpu;
-mod window;
 mod x86;
 
-pub use exits::{End, Processor};
+pub use end::{End, Processor};
 pub use machine::{Config, Ending, MAX_DEVICES, MAX_VCPUS, Machine, Running, kernel_arguments};
 
 /// Called, from any thread of the machine, when that thread failed: the machine cannot go on.

@@ -17,15 +17,16 @@ use vz_virtio::{Memory, Worker};
 use crate::{
     End, Error, OnFailure,
     acpi::{self, Slot},
-    beside::beside,
     boot,
     bus::Bus,
     device::{Device, Interrupt, Pin, Serving},
+    join::join,
     layout, memory,
-    mmio::{self, Registers},
+    mmio::Registers,
     ports::{Output, Ports, SERIAL_GSI},
+    register,
+    register_page::RegisterPages,
     vcpu::Vcpu,
-    window::Windows,
     x86,
 };
 
@@ -71,7 +72,7 @@ pub struct Machine {
     vm: VmFd,
     cpuid: CpuId,
     memory: Memory,
-    windows: Windows,
+    pages: RegisterPages,
     vcpus: u8,
     entry: GuestAddress,
     ending: Ending,
@@ -84,7 +85,7 @@ pub struct Running {
     _vm: Arc<VmFd>,
     /// What KVM's memory slots are made of.
     _memory: Memory,
-    _windows: Windows,
+    _windows: RegisterPages,
 }
 
 /// How a running machine tells its end.
@@ -132,12 +133,12 @@ impl Machine {
         let vcpus = vcpus.ok_or(Error::Vcpus(config.vcpus))?;
         let kvm = Kvm::new().map_err(Error::kvm("open /dev/kvm"))?;
         let memory = memory::reserve(config.memory)?;
-        let windows = Windows::reserve(SLOTS)?;
+        let pages = RegisterPages::reserve(SLOTS)?;
         // KVM has its part of the work done while memory is filled.
         let load = || boot::load(&memory, config.kernel, config.initramfs, config.cmdline);
-        let (entry, (vm, cpuid)) = beside("loader", load, || prepare(&kvm, &memory, &windows))?;
+        let (entry, (vm, cpuid)) = join("loader", load, || prepare(&kvm, &memory, &pages))?;
         x86::write_tables(&memory)?;
-        Ok(Self { kvm, vm, cpuid, memory, windows, vcpus, entry, ending: Ending::new()? })
+        Ok(Self { kvm, vm, cpuid, memory, pages, vcpus, entry, ending: Ending::new()? })
     }
 
     /// How it will tell its end.
@@ -154,7 +155,7 @@ impl Machine {
         generation: [u8; 16],
         on_failure: &OnFailure,
     ) -> Result<Running, Error> {
-        let Self { kvm, vm, cpuid: supported, memory, windows, vcpus, entry, ending } = self;
+        let Self { kvm, vm, cpuid: supported, memory, pages, vcpus, entry, ending } = self;
         let vm = Arc::new(vm);
         let mut bus = Vec::new();
         let mut slots = Vec::new();
@@ -168,7 +169,7 @@ impl Machine {
                 gsi: layout::FIRST_GSI.saturating_add(index),
             };
             let pin = Pin { vm: Arc::clone(&vm), gsi: slot.gsi };
-            let (device, serving) = Device::new(workers, &memory, windows.of(index), Box::new(pin))?;
+            let (device, serving) = Device::new(workers, &memory, pages.of(index), Box::new(pin))?;
             connect(&vm, &device, slot)?;
             servings.extend(serving);
             slots.push(slot);
@@ -196,14 +197,14 @@ impl Machine {
             let ending = ending.clone();
             vcpu.start(move |end| ending.end(end), Arc::clone(on_failure))?;
         }
-        Ok(Running { _vm: vm, _memory: memory, _windows: windows })
+        Ok(Running { _vm: vm, _memory: memory, _windows: pages })
     }
 }
 
 /// The VM with its memory, interrupt controllers and timer, and what its processors can do.
-fn prepare(kvm: &Kvm, memory: &Memory, windows: &Windows) -> Result<(VmFd, CpuId), Error> {
+fn prepare(kvm: &Kvm, memory: &Memory, pages: &RegisterPages) -> Result<(VmFd, CpuId), Error> {
     let vm = create_vm(kvm)?;
-    memory::register(&vm, memory, windows)?;
+    memory::register(&vm, memory, pages)?;
     vm.set_identity_map_address(layout::IDENTITY_MAP).map_err(Error::kvm("set identity map"))?;
     vm.set_tss_address(layout::TSS).map_err(Error::kvm("set TSS"))?;
     vm.create_irq_chip().map_err(Error::kvm("create interrupt controllers"))?;
@@ -226,13 +227,13 @@ fn create_vm(kvm: &Kvm) -> Result<VmFd, Error> {
 
 /// Lets KVM turn the guest's notifications into events; it also swallows the acknowledgements that mean nothing here.
 fn connect(vm: &VmFd, device: &Device, slot: Slot) -> Result<(), Error> {
-    let register = IoEventAddress::Mmio(slot.base.saturating_add(mmio::NOTIFY));
+    let register = IoEventAddress::Mmio(slot.base.saturating_add(register::QUEUE_NOTIFY));
     for (index, notification) in (0u32..).zip(&device.notifications) {
         vm.register_ioevent(notification, &register, index).map_err(Error::kvm("connect notification"))?;
     }
     // Nobody reads it, and a full counter stops nobody.
     let nobody = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).map_err(Error::system("make eventfd"))?;
-    let register = IoEventAddress::Mmio(slot.base.saturating_add(mmio::ACKNOWLEDGE));
+    let register = IoEventAddress::Mmio(slot.base.saturating_add(register::INTERRUPT_ACK));
     vm.register_ioevent(&nobody, &register, Interrupt::USED).map_err(Error::kvm("connect acknowledgement"))
 }
 

@@ -15,7 +15,7 @@ use vz_virtio::Memory;
 use crate::{
     Error,
     layout::{ABOVE_HOLE, LOW_MEMORY_END},
-    window::Windows,
+    register_page::RegisterPages,
 };
 
 /// Bytes of a page.
@@ -75,9 +75,9 @@ fn map<B: NewBitmap>(length: usize) -> io::Result<MmapRegion<B>> {
 
 /// Gives the guest its memory, and its devices' registers to read. Before the interrupt controllers exist a slot costs 0.2 ms,
 /// after it 7.
-pub(crate) fn register(vm: &VmFd, memory: &Memory, windows: &Windows) -> Result<(), Error> {
+pub(crate) fn register(vm: &VmFd, memory: &Memory, pages: &RegisterPages) -> Result<(), Error> {
     // Where KVM has no such slots, reads of registers are exits, which are answered with the same.
-    let read_only = if vm.check_extension(Cap::ReadonlyMem) { Some(windows.memory()) } else { None };
+    let read_only = if vm.check_extension(Cap::ReadonlyMem) { Some(pages.memory()) } else { None };
     let regions = memory.iter().map(|region| (memory, region, 0));
     let read_only =
         read_only.into_iter().flat_map(|pages| pages.iter().map(move |region| (pages, region, KVM_MEM_READONLY)));
@@ -92,7 +92,7 @@ pub(crate) fn register(vm: &VmFd, memory: &Memory, windows: &Windows) -> Result<
             memory_size: region.len(),
             userspace_addr: host.addr() as u64,
         };
-        // SAFETY: the range is one mapping of `memory` or `windows`, which the machine keeps for as long as the VM exists: all end
+        // SAFETY: the range is one mapping of `memory` or `pages`, which the machine keeps for as long as the VM exists: all end
         // with the process. The guest may write to the former at any time, and nothing else of this process is in either.
         #[allow(unsafe_code)]
         unsafe { vm.set_user_memory_region(region) }.map_err(Error::kvm("register memory"))?;

@@ -11,38 +11,20 @@ use virtio_bindings::{
 };
 use virtio_queue::{Queue, QueueT};
 use vm_memory::GuestAddress;
+use vz_sys::sync::lock;
 use vz_virtio::Memory;
 
 use crate::{
-    device::{Device, lock},
-    window::CONFIG,
+    device::Device,
+    register::{self, status},
 };
 
-/// Offset of the queue notification register, which KVM listens to itself.
-pub(crate) const NOTIFY: u64 = 0x50;
-/// Offset of the interrupt status register.
-pub(crate) const INTERRUPT_STATUS: u64 = 0x60;
-/// Offset of the interrupt acknowledgement register, of which KVM takes the most frequent value.
-pub(crate) const ACKNOWLEDGE: u64 = 0x64;
-/// Offset of the device status register.
-pub(crate) const STATUS: u64 = 0x70;
-/// Offset of the register that tells whether the configuration space has changed.
-pub(crate) const CONFIG_GENERATION: u64 = 0xfc;
-
+/// Values of registers that never change.
 const MAGIC: u32 = u32::from_le_bytes(*b"virt");
 const VERSION: u32 = 2;
 const VENDOR: u32 = u32::from_le_bytes(*b"vz  ");
 /// There is no shared memory region: its length reads as -1.
 const NO_REGION: u32 = u32::MAX;
-
-/// Bits of the status register.
-pub(crate) mod status {
-    pub(super) const DRIVER: u32 = 2;
-    pub(super) const DRIVER_OK: u32 = 4;
-    pub(super) const FEATURES_OK: u32 = 8;
-    pub(crate) const NEEDS_RESET: u32 = 64;
-    pub(super) const FAILED: u32 = 128;
-}
 
 /// Registers of one queue.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -80,12 +62,17 @@ impl Registers {
             device.features | 1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_INDIRECT_DESC | 1 << VIRTIO_RING_F_EVENT_IDX;
         let queues = vec![QueueRegisters::default(); device.queue_sizes.len()];
         let state = State { queues, ..State::default() };
-        let window = &device.window;
-        for (register, value) in [(0x00, MAGIC), (0x04, VERSION), (0x08, device.kind as u32), (0x0c, VENDOR)] {
-            window.set(register, value);
+        let page = &device.page;
+        for (register, value) in [
+            (register::MAGIC, MAGIC),
+            (register::VERSION, VERSION),
+            (register::DEVICE_ID, device.kind as u32),
+            (register::VENDOR_ID, VENDOR),
+        ] {
+            page.set(register, value);
         }
-        for register in (0xb0..0xc0).step_by(4) {
-            window.set(register, NO_REGION);
+        for register in (register::SHM_LEN_LOW..register::SHM_END).step_by(4) {
+            page.set(register, NO_REGION);
         }
         let registers = Self { device, memory, features, state: Mutex::new(state) };
         registers.show(&registers.state());
@@ -98,22 +85,22 @@ impl Registers {
 
     /// A read of the guest, where KVM does not answer it itself.
     pub(crate) fn read(&self, offset: u64, bytes: &mut [u8]) {
-        self.device.window.read(offset, bytes);
+        self.device.page.read(offset, bytes);
     }
 
     /// Shows what a write may have changed.
     fn show(&self, state: &State) {
         let selected = usize::try_from(state.queue_select).unwrap_or(usize::MAX);
-        let window = &self.device.window;
-        window.set(0x10, half(self.features, state.features_select));
-        window.set(0x34, self.device.queue_sizes.get(selected).copied().unwrap_or(0).into());
-        window.set(0x44, state.queues.get(selected).is_some_and(|queue| queue.ready).into());
+        let page = &self.device.page;
+        page.set(register::DEVICE_FEATURES, half(self.features, state.features_select));
+        page.set(register::QUEUE_SIZE_MAX, self.device.queue_sizes.get(selected).copied().unwrap_or(0).into());
+        page.set(register::QUEUE_READY, state.queues.get(selected).is_some_and(|queue| queue.ready).into());
         self.device.set_status(state.status);
     }
 
     /// A write of the guest.
     pub(crate) fn write(&self, offset: u64, bytes: &[u8]) {
-        if let Some(offset) = offset.checked_sub(CONFIG) {
+        if let Some(offset) = offset.checked_sub(register::CONFIG) {
             if self.state().status & status::DRIVER != 0 {
                 self.device.write_config(offset, bytes);
             }
@@ -127,8 +114,8 @@ impl Registers {
     fn set_register(&self, offset: u64, value: u32) {
         let mut state = self.state();
         match offset {
-            0x14 => state.features_select = value,
-            0x20 if state.status & (status::DRIVER | status::FEATURES_OK) == status::DRIVER => {
+            register::DEVICE_FEATURES_SEL => state.features_select = value,
+            register::DRIVER_FEATURES if state.status & (status::DRIVER | status::FEATURES_OK) == status::DRIVER => {
                 let shift = match state.driver_features_select {
                     0 => 0,
                     1 => 32,
@@ -137,13 +124,15 @@ impl Registers {
                 let kept = state.driver_features & !(u64::from(u32::MAX) << shift);
                 state.driver_features = kept | u64::from(value) << shift;
             }
-            0x24 => state.driver_features_select = value,
-            0x30 => state.queue_select = value,
-            0x38 | 0x44 | 0x80..=0xa7 => self.set_queue_register(&mut state, offset, value),
-            // Notifications are KVM's; one comes here where it has not registered them, and that is not so.
-            NOTIFY => {}
-            ACKNOWLEDGE => self.device.interrupt.acknowledge(value),
-            STATUS => self.set_status(&mut state, value),
+            register::DRIVER_FEATURES_SEL => state.driver_features_select = value,
+            register::QUEUE_SEL => state.queue_select = value,
+            register::QUEUE_SIZE | register::QUEUE_READY | register::QUEUE_DESC_LOW..=register::QUEUE_DEVICE_HIGH => {
+                self.set_queue_register(&mut state, offset, value);
+            }
+            // Notifications go to ioeventfds and never reach this write.
+            register::QUEUE_NOTIFY => {}
+            register::INTERRUPT_ACK => self.device.interrupt.acknowledge(value),
+            register::STATUS => self.set_status(&mut state, value),
             _ => {}
         }
         self.show(&state);
@@ -156,18 +145,18 @@ impl Registers {
         }
         let selected = usize::try_from(state.queue_select).unwrap_or(usize::MAX);
         let Some(queue) = state.queues.get_mut(selected) else { return };
-        if queue.ready && offset != 0x44 {
+        if queue.ready && offset != register::QUEUE_READY {
             return;
         }
         match offset {
-            0x38 => queue.size = u16::try_from(value).unwrap_or(0),
-            0x44 => queue.ready = value == 1,
-            0x80 => set_low(&mut queue.descriptors, value),
-            0x84 => set_high(&mut queue.descriptors, value),
-            0x90 => set_low(&mut queue.available, value),
-            0x94 => set_high(&mut queue.available, value),
-            0xa0 => set_low(&mut queue.used, value),
-            0xa4 => set_high(&mut queue.used, value),
+            register::QUEUE_SIZE => queue.size = u16::try_from(value).unwrap_or(0),
+            register::QUEUE_READY => queue.ready = value == 1,
+            register::QUEUE_DESC_LOW => set_low(&mut queue.descriptors, value),
+            register::QUEUE_DESC_HIGH => set_high(&mut queue.descriptors, value),
+            register::QUEUE_DRIVER_LOW => set_low(&mut queue.available, value),
+            register::QUEUE_DRIVER_HIGH => set_high(&mut queue.available, value),
+            register::QUEUE_DEVICE_LOW => set_low(&mut queue.used, value),
+            register::QUEUE_DEVICE_HIGH => set_high(&mut queue.used, value),
             _ => {}
         }
     }

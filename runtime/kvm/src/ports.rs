@@ -2,11 +2,12 @@
 
 use std::{
     io::{self, Write},
-    sync::{Mutex, PoisonError},
+    sync::Mutex,
 };
 
 use vm_superio::{Serial, Trigger, serial::NoEvents};
 use vmm_sys_util::eventfd::EventFd;
+use vz_sys::sync::lock;
 
 use crate::{
     End, Error,
@@ -59,7 +60,7 @@ impl Ports {
         bytes.fill(0xff);
         let [byte] = bytes else { return };
         if let Some(register) = serial_register(port) {
-            *byte = self.serial.lock().unwrap_or_else(PoisonError::into_inner).read(register);
+            *byte = lock(&self.serial).read(register);
         } else if matches!(port, port::SLEEP_CONTROL | port::SLEEP_STATUS | port::KEYBOARD) {
             // For the keyboard controller: its input buffer is empty, so it takes a command.
             *byte = 0;
@@ -71,7 +72,7 @@ impl Ports {
         let [byte] = bytes else { return None };
         if let Some(register) = serial_register(port) {
             // What cannot be written is lost; see `Output`.
-            drop(self.serial.lock().unwrap_or_else(PoisonError::into_inner).write(register, *byte));
+            drop(lock(&self.serial).write(register, *byte));
             return None;
         }
         match (port, *byte) {

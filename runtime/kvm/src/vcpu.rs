@@ -7,7 +7,7 @@ use std::sync::Arc;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use nix::libc;
 
-use crate::{End, Error, bus::Bus, exits::Processor, ports::Ports};
+use crate::{End, Error, bus::Bus, end::Processor, ports::Ports};
 
 /// A vCPU that is ready to run.
 #[derive(Debug)]

@@ -8,14 +8,14 @@ use std::{
 
 use crate::{INITRAMFS, KERNEL, SCHEMA, VERSION, VerifyError, VersionInfo, YOUKI, verify::verify};
 
-/// Where checksums of verified files are remembered until the next boot of the host. The other names there are containerd's
-/// namespaces, none of which begins with a dot.
-const CACHE: &str = "/run/vz/.verified";
+/// Where checksums of verified files are remembered until the next boot of the host, below [`vz_state::ROOT`]. The other
+/// names there are containerd's namespaces, none of which begins with a dot.
+const CACHE: &str = ".verified";
 
 /// The cache for this user: what others could write there would count for us.
 pub(crate) fn cache() -> Option<PathBuf> {
     if nix::unistd::geteuid().is_root() {
-        return Some(CACHE.into());
+        return Some(Path::new(vz_state::ROOT).join(CACHE));
     }
     // The user's own, and gone with the session.
     let dir = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from).filter(|dir| dir.is_absolute())?;

@@ -76,7 +76,7 @@ fn checksum(file: &mut File) -> io::Result<String> {
 
 /// The digest, as `version.json` has it.
 pub(crate) fn hex(hash: Sha256) -> String {
-    hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+    vz_sys::hex::encode(&hash.finalize())
 }
 
 /// What changes whenever a file's content does.

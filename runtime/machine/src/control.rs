@@ -6,6 +6,7 @@
 use std::{io, path::PathBuf};
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
+pub use vz_config::Machine as MachineChoice;
 use vz_sys::channel::Channel;
 
 /// Descriptor under which the vmm process inherits its end of the channel.
@@ -107,19 +108,6 @@ impl MachineKind {
             Self::Qemu => "qemu",
         }
     }
-}
-
-/// Which machine is wanted.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum MachineChoice {
-    /// The best that works on this host.
-    #[default]
-    Auto,
-    /// [`MachineKind::Kvm`] or nothing.
-    Kvm,
-    /// [`MachineKind::Qemu`] or nothing.
-    Qemu,
 }
 
 /// A network card of the guest. Its tap descriptors, one for each queue pair, come with [`Request::Boot`], those of all cards

@@ -1,7 +1,7 @@
 //! The machine `kvm`: our own, its devices served in this process.
 
 use std::{
-    io::{self, Read, Write},
+    io::{self, Write},
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     sync::Arc,
 };
@@ -53,9 +53,7 @@ impl KvmMachine {
             nix::unistd::pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK).map_err(|e| LaunchError::Console(e.into()))?;
         let outputs = Outputs { console: Some(console), complaints: None };
         let mut generation = [0; 16];
-        std::fs::File::open("/dev/urandom")
-            .and_then(|mut f| f.read_exact(&mut generation))
-            .map_err(LaunchError::Random)?;
+        vz_sys::random::fill(&mut generation).map_err(LaunchError::Random)?;
         let ending = made.ending().clone();
         Ok(Self { made: Some(made), running: None, console: to_console, outputs, generation, ending, files })
     }

@@ -22,9 +22,9 @@ use nix::{
 };
 use serde::{Deserialize, Serialize};
 use vz_probe::{Kvm, Speed, Unusable};
+use vz_state::ROOT;
 
-/// Directory of what is known until the next boot. A namespace of containerd has no name with a dot in front.
-const DIR: &str = "/run/vz";
+/// Below [`ROOT`], what is known until the next boot. A namespace of containerd has no name with a dot in front.
 const FILE: &str = ".kvm.json";
 /// A VM's early end of KVM, after which no VM has come up.
 const FAILURE: &str = ".kvm-failure.json";
@@ -102,7 +102,7 @@ pub enum Consequence {
 
 /// A VM has come up on KVM: an earlier VM's failure was its own.
 pub fn came_up() {
-    forget_failure(Path::new(DIR));
+    forget_failure(Path::new(ROOT));
 }
 
 fn forget_failure(dir: &Path) {
@@ -117,7 +117,7 @@ fn forget_failure(dir: &Path) {
 impl Host {
     /// This host as it is now.
     pub fn this() -> Self {
-        Self { dir: DIR.into(), key: Key::this(), open: Kvm::open, probe: Kvm::probe }
+        Self { dir: ROOT.into(), key: Key::this(), open: Kvm::open, probe: Kvm::probe }
     }
 
     /// The verdict: the remembered one, or that of a probe, which is then remembered. For a process with one thread.

@@ -107,11 +107,7 @@ impl Channel {
 
     /// Sets whether `send` and `recv` fail with `WouldBlock` instead of waiting.
     pub fn set_nonblocking(&self, on: bool) -> io::Result<()> {
-        use nix::fcntl::{FcntlArg, OFlag, fcntl};
-        let mut flags = OFlag::from_bits_retain(fcntl(&self.0, FcntlArg::F_GETFL)?);
-        flags.set(OFlag::O_NONBLOCK, on);
-        fcntl(&self.0, FcntlArg::F_SETFL(flags))?;
-        Ok(())
+        crate::fd::set_nonblocking(&self.0, on)
     }
 }
 

@@ -106,6 +106,9 @@ pub fn reap() -> io::Result<Option<Ended>> {
     }
 }
 
+/// The exit status of a process that was killed (SIGKILL), as shells and containerd have it.
+pub const KILLED: u32 = 128 + libc::SIGKILL.cast_unsigned();
+
 fn code(status: libc::c_int) -> u32 {
     let code = if libc::WIFSIGNALED(status) { 128 + libc::WTERMSIG(status) } else { libc::WEXITSTATUS(status) };
     code.cast_unsigned()
@@ -126,6 +129,7 @@ mod tests {
         assert_eq!(code(0), 0);
         assert_eq!(code(7 << 8), 7);
         assert_eq!(code(9), 137);
+        assert_eq!(code(9), KILLED);
         assert_eq!(code(libc::SIGSEGV | 0x80), 139);
         assert_eq!(code(64), 192);
     }

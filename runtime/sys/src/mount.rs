@@ -21,6 +21,11 @@ use rustix::{
 /// `MOUNT_ATTR_NOSYMFOLLOW`, since Linux 5.14: path resolution follows no link of this mount.
 const NOSYMFOLLOW: u32 = 0x0020_0000;
 
+/// Whether a mount of an OCI specification is a bind mount, by its type or one of its options.
+pub fn is_bind<'a>(kind: Option<&str>, options: impl IntoIterator<Item = &'a str>) -> bool {
+    kind == Some("bind") || options.into_iter().any(|option| matches!(option, "bind" | "rbind"))
+}
+
 /// Opens a path below `dir`. No component may be a link or lead out of `dir`; mounts are crossed.
 pub fn open_beneath(dir: BorrowedFd<'_>, path: &Path, flags: OFlag) -> io::Result<OwnedFd> {
     resolve(dir, path, flags, ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS)
@@ -162,4 +167,17 @@ fn set(tree: BorrowedFd<'_>, attr: &libc::mount_attr, recursive: bool) -> io::Re
         )
     };
     if done < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bind_mount_says_so_by_type_or_by_option() {
+        assert!(is_bind(Some("bind"), []));
+        assert!(is_bind(None, ["ro", "rbind"]));
+        assert!(is_bind(Some("none"), ["bind"]));
+        assert!(!is_bind(Some("tmpfs"), ["ro", "rprivate"]) && !is_bind(None, []));
+    }
 }

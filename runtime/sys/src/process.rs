@@ -5,10 +5,13 @@ use std::{
     io,
     os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
     ptr,
+    time::Instant,
 };
 
 use nix::{
+    errno::Errno,
     fcntl::OFlag,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
     sched::CloneFlags,
     sys::{
         signal::Signal,
@@ -18,6 +21,10 @@ use nix::{
 };
 
 use crate::surroundings::Surroundings;
+
+mod identity;
+
+pub use identity::{Identity, Stat};
 
 /// What to start, and how.
 #[derive(Debug)]
@@ -50,8 +57,8 @@ pub fn raise_open_files(pid: Pid, wanted: u64) -> io::Result<()> {
             other => other,
         }
     };
-    match nix::errno::Errno::result(done) {
-        Ok(_) | Err(nix::errno::Errno::EPERM) => Ok(()),
+    match Errno::result(done) {
+        Ok(_) | Err(Errno::EPERM) => Ok(()),
         Err(e) => Err(e.into()),
     }
 }
@@ -62,8 +69,8 @@ pub fn limit_core(pid: Pid, bytes: u64) -> io::Result<()> {
     // SAFETY: the structure lives for the whole call.
     #[allow(unsafe_code)]
     let done = unsafe { libc::prlimit(pid.as_raw(), libc::RLIMIT_CORE, &raw const limit, ptr::null_mut()) };
-    match nix::errno::Errno::result(done) {
-        Ok(_) | Err(nix::errno::Errno::EPERM) => Ok(()),
+    match Errno::result(done) {
+        Ok(_) | Err(Errno::EPERM) => Ok(()),
         Err(e) => Err(e.into()),
     }
 }
@@ -137,6 +144,19 @@ impl Handle {
     pub fn kill(&self, signal: Signal) -> io::Result<()> {
         send(self.0.as_fd(), signal)
     }
+
+    /// Waits until it has ended; whether it has by the deadline.
+    pub fn ends(&self, deadline: Instant) -> io::Result<bool> {
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+            match poll(&mut [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)], timeout) {
+                Ok(ready) => return Ok(ready > 0),
+                Err(Errno::EINTR) => {}
+                Err(e) => return Err(e.into()),
+            }
+        }
+    }
 }
 
 impl AsFd for Handle {
@@ -175,7 +195,7 @@ impl Process {
     pub fn wait(&self) -> io::Result<WaitStatus> {
         loop {
             match waitid(Id::PIDFd(self.pidfd.as_fd()), WaitPidFlag::WEXITED) {
-                Err(nix::errno::Errno::EINTR) => {}
+                Err(Errno::EINTR) => {}
                 status => return Ok(status?),
             }
         }
@@ -269,7 +289,7 @@ impl Command<'_> {
         }
         match nix::unistd::write(&proceed_to, &[1]) {
             // The child has ended already; the report says why.
-            Ok(_) | Err(nix::errno::Errno::EPIPE) => {}
+            Ok(_) | Err(Errno::EPIPE) => {}
             Err(e) => return Err(e.into()),
         }
         let mut said = [0u8; REPORT];
@@ -280,7 +300,7 @@ impl Command<'_> {
                     process.wait()?;
                     Err(failure(&said[..len]))
                 }
-                Err(nix::errno::Errno::EINTR) => continue,
+                Err(Errno::EINTR) => continue,
                 Err(e) => Err(e.into()),
             };
         }

@@ -21,9 +21,10 @@ use virtio_queue::QueueT;
 use vm_memory::{GuestAddressSpace, GuestMemoryAtomic};
 use vmm_sys_util::epoll::EventSet;
 use vz_jail::Role;
+use vz_sys::sync::lock;
 use vz_virtio::{Backend, Kicks, Kind, Memory, Queue, Worker};
 
-use crate::{Failure, OnFailure, chain, lock, words};
+use crate::{Failure, OnFailure, chain, words};
 
 type AtomicMemory = GuestMemoryAtomic<Memory>;
 type Vring = VringMutex<AtomicMemory>;

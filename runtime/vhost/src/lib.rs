@@ -25,7 +25,7 @@ use std::{
     },
     panic::{AssertUnwindSafe, catch_unwind},
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
 };
 
 use vhost::vhost_user::{Error as ProtocolError, Listener};
@@ -194,9 +194,4 @@ fn words(panic: &(dyn std::any::Any + Send)) -> &str {
         .copied()
         .or_else(|| panic.downcast_ref::<String>().map(String::as_str))
         .unwrap_or("no message")
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    // A panic ends the machine (see Adapter), so what it left behind is not used for long.
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -2,7 +2,7 @@
 //!
 //! Clients of a pod dial there: a port forward of the kubelet, somebody with `nsenter`. Nothing is known of the guest's
 //! listeners in advance, and nothing asks for them: one listener gets the connections to all ports, see
-//! [`vz_sys::steer`], and each becomes a connection over vsock to the port that was dialled.
+//! [`vz_sys::sk_lookup`], and each becomes a connection over vsock to the port that was dialled.
 
 use std::{
     io,
@@ -21,7 +21,7 @@ use vz_net::netns::Netns;
 use vz_proto::{FORWARD_PORT, Forward, ForwardReply, frame};
 use vz_sys::{
     error::chain,
-    steer::{self, Steering},
+    sk_lookup::{self, Steering},
 };
 
 use super::{Guest, vmm};
@@ -62,7 +62,7 @@ impl Forwarding {
     pub fn open(netns: &Netns) -> io::Result<Self> {
         // Of both families; its own port is of no importance.
         let listener = netns.run(|| StdTcpListener::bind((Ipv6Addr::UNSPECIFIED, 0)))??;
-        let steering = steer::loopback(netns.as_fd(), listener.as_fd())?;
+        let steering = sk_lookup::loopback(netns.as_fd(), listener.as_fd())?;
         listener.set_nonblocking(true)?;
         Ok(Self { listener: TcpListener::from_std(listener)?, _steering: steering })
     }

@@ -192,7 +192,6 @@ impl Init {
             Request::CloseStream { key, stream } => self.table.close_stream(&key, stream),
             Request::Forget { key } => self.table.forget(&key),
             Request::Log { level } => self.log.set_level(log::level(&level)),
-            Request::PowerOff => power::off(),
         }
     }
 

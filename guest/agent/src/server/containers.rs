@@ -3,7 +3,7 @@
 use std::{
     fs, io,
     os::fd::OwnedFd,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard},
     time::Duration,
 };
 
@@ -12,6 +12,7 @@ use tokio::{
     time::timeout,
 };
 use vz_proto::{CreateContainerRequest, Stdio as StdioTokens};
+use vz_sys::sync::lock;
 
 use super::{
     cgroup::Cgroup,
@@ -73,7 +74,7 @@ impl Agent {
     }
 
     pub(super) fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 
     pub(super) async fn accept_streams(self: Arc<Self>, listener: Listener) {

@@ -5,7 +5,7 @@ use std::{
     io,
     os::fd::{AsFd, OwnedFd},
     sync::{
-        Mutex, PoisonError,
+        Mutex,
         atomic::{AtomicU64, Ordering},
     },
 };
@@ -14,7 +14,7 @@ use tokio::{
     io::unix::AsyncFd,
     sync::{mpsc, oneshot},
 };
-use vz_sys::channel::Channel;
+use vz_sys::{channel::Channel, sync::lock};
 
 use super::readiness;
 use crate::protocol::{Failure, Report, Request};
@@ -64,7 +64,7 @@ impl Link {
     pub async fn ask(&self, request: impl FnOnce(u64) -> Request, fds: Vec<OwnedFd>) -> Answer {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let (send, receive) = oneshot::channel();
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner).insert(id, send);
+        lock(&self.waiting).insert(id, send);
         self.push(&request(id), fds);
         receive.await.unwrap_or_else(|_| Answer::failed("PID 1 does not answer"))
     }
@@ -76,7 +76,7 @@ impl Link {
 
     /// Passes an answer to whom it may concern.
     pub fn answered(&self, id: u64, answer: Answer) {
-        let waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
+        let waiting = lock(&self.waiting).remove(&id);
         // Without anybody waiting, the descriptors are closed here.
         if let Some(waiting) = waiting {
             let _ = waiting.send(answer);

@@ -21,7 +21,7 @@ mod oom;
 mod prepare;
 mod processes;
 mod readiness;
-mod recover;
+mod reports;
 mod service;
 mod state;
 mod stdio;

@@ -1,12 +1,10 @@
 //! The containers' network: cards of the VM, made to look like the links that the host has for them.
 
-use std::{
-    path::Path,
-    sync::{Mutex, PoisonError},
-};
+use std::{path::Path, sync::Mutex};
 
 use vz_net::{configure::Guest, netns::Netns};
 use vz_proto::NETNS_PATH;
+use vz_sys::sync::lock;
 
 use super::error::{CallError, Result};
 use crate::text;
@@ -22,7 +20,7 @@ impl Network {
             .map_err(|e| CallError::Invalid(format!("description of the network: {e}")))?;
         let failed =
             |e: vz_net::configure::Error| CallError::Failed(format!("set up the network: {}", text::chain(&e)));
-        let mut guest = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut guest = lock(&self.0);
         let guest = match &mut *guest {
             Some(guest) => guest,
             none => {

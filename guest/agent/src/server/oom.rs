@@ -1,11 +1,12 @@
 //! When the kernel kills for want of memory.
 
-use std::{collections::HashMap, os::fd::AsFd, sync::Mutex, sync::PoisonError};
+use std::{collections::HashMap, os::fd::AsFd, sync::Mutex};
 
 use nix::{
     errno::Errno,
     sys::inotify::{AddWatchFlags, InitFlags, Inotify, WatchDescriptor},
 };
+use vz_sys::sync;
 
 use super::{cgroup::Cgroup, readiness};
 
@@ -61,6 +62,6 @@ impl Watch {
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<WatchDescriptor, String>> {
-        self.containers.lock().unwrap_or_else(PoisonError::into_inner)
+        sync::lock(&self.containers)
     }
 }

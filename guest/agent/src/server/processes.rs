@@ -2,7 +2,7 @@
 
 use std::{fs, io, os::unix::fs::DirBuilderExt, sync::Arc};
 
-use vz_proto::{ExecProcessRequest, ListPidsResponse, SignalProcessRequest, list_pids_response::Entry};
+use vz_proto::{ExecProcessRequest, SignalProcessRequest};
 
 use super::{
     containers::{Agent, duplicate, pair},
@@ -154,21 +154,5 @@ impl Agent {
     pub fn close_stdin(&self, container: &str, exec: &str) -> Result<()> {
         self.state().process(container, exec)?.close_stdin.send_replace(true);
         Ok(())
-    }
-
-    /// The processes of a container.
-    pub fn pids(&self, container: &str) -> Result<ListPidsResponse> {
-        let mut state = self.state();
-        let found = state.container(container)?;
-        let pids = match found.cgroup.pids() {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => Vec::new(),
-            pids => pids.map_err(CallError::io("list processes"))?,
-        };
-        let exec_of = |pid: i32| {
-            let mut ours = found.processes().filter(|(_, p)| p.exit.borrow().is_none());
-            ours.find(|(_, p)| p.pid == pid).map(|(exec, _)| exec.clone()).unwrap_or_default()
-        };
-        let entry = |pid: i32| Entry { pid: pid.unsigned_abs(), exec_id: exec_of(pid), ..Default::default() };
-        Ok(ListPidsResponse { processes: pids.into_iter().map(entry).collect(), ..Default::default() })
     }
 }

@@ -7,12 +7,12 @@ use protobuf::{Message, well_known_types::empty::Empty};
 use ttrpc::{Result, r#async::ServerStreamSender, asynchronous::TtrpcContext};
 use vz_proto::{
     Agent as Contract, ContainerRequest, CreateContainerRequest, CreateContainerResponse, Event, ExecProcessRequest,
-    ExecProcessResponse, ListPidsResponse, ProcessRequest, ResizePtyRequest, SignalProcessRequest, StatsResponse,
-    UpdateNetworkRequest, WaitProcessResponse,
+    ExecProcessResponse, ProcessRequest, ResizePtyRequest, SignalProcessRequest, StatsResponse, UpdateNetworkRequest,
+    WaitProcessResponse,
 };
 
 use super::{containers::Agent, error::CallError, metrics};
-use crate::protocol::{Exit, Key, Request};
+use crate::protocol::{Exit, Key};
 
 /// See the contract in the protocol.
 #[derive(Debug)]
@@ -103,10 +103,6 @@ impl Contract for Service {
         Ok(Empty::new())
     }
 
-    async fn list_pids(&self, _: &TtrpcContext, r: ContainerRequest) -> Result<ListPidsResponse> {
-        Ok(self.0.pids(&r.container_id)?)
-    }
-
     async fn delete_process(&self, _: &TtrpcContext, r: ProcessRequest) -> Result<WaitProcessResponse> {
         if r.exec_id.is_empty() {
             return Ok(waited(whole(self.agent().delete(r.container_id)).await?));
@@ -127,15 +123,5 @@ impl Contract for Service {
             to.send(&event).await?;
         }
         Ok(())
-    }
-
-    async fn shutdown(&self, _: &TtrpcContext, _: Empty) -> Result<Empty> {
-        for (id, container) in self.0.state().containers() {
-            if let Err(e) = container.cgroup.kill() {
-                tracing::error!(container = id, "kill: {e}");
-            }
-        }
-        self.0.link.tell(&Request::PowerOff);
-        Ok(Empty::new())
     }
 }

@@ -11,7 +11,7 @@ use std::{
 
 use nix::{
     errno::Errno,
-    fcntl::{FcntlArg, OFlag, SpliceFFlags, fcntl, splice},
+    fcntl::{SpliceFFlags, splice},
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::socket::{Shutdown, shutdown},
     unistd::{read, write},
@@ -20,6 +20,7 @@ use tokio::{
     io::{Interest, unix::AsyncFd},
     sync::watch,
 };
+use vz_sys::fd::set_nonblocking;
 
 use super::{link::Link, readiness, state::Terminal};
 use crate::protocol::{Exit, Key, Request, Stream};
@@ -38,8 +39,7 @@ pub struct Ends {
 
 /// Prepares a descriptor for [`AsyncFd`]. Both of the process's ends of a pipe stay as they are.
 pub fn asynchronous(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
-    let flags = OFlag::from_bits_retain(fcntl(&fd, FcntlArg::F_GETFL)?);
-    fcntl(&fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+    set_nonblocking(&fd, true)?;
     readiness::register(fd)
 }
 
@@ -225,6 +225,8 @@ mod tests {
         io::{Read, Write},
         os::unix::net::UnixStream,
     };
+
+    use nix::fcntl::OFlag;
 
     use super::*;
     use crate::server::link;

@@ -4,7 +4,7 @@ use std::{io, process::ExitCode};
 
 use serde::Serialize;
 use vz_config::Config;
-use vz_linux::{Bundle, EnsureError, KernelProfile};
+use vz_linux::{Bundle, EnsureError};
 use vz_machine::{
     control::{MachineChoice, MachineKind},
     select::{Selection, select_by},
@@ -136,11 +136,7 @@ fn look(probe: bool) -> Report {
 }
 
 fn choose(config: &Config, verdict: &Verdict) -> (Machine, Option<Check>) {
-    let configured = match config.machine {
-        vz_config::Machine::Auto => MachineChoice::Auto,
-        vz_config::Machine::Kvm => MachineChoice::Kvm,
-        vz_config::Machine::Qemu => MachineChoice::Qemu,
-    };
+    let configured = config.machine;
     match select_by(configured, || verdict.kvm.clone()) {
         Ok(Selection { kind, reason }) => {
             (Machine { configured, chosen: Some(kind), reason: reason.to_string() }, None)
@@ -181,10 +177,7 @@ fn summary(verdict: Verdict) -> Kvm {
 }
 
 fn bundle(config: &Config) -> Check {
-    let profile = match config.linux_profile {
-        vz_config::LinuxProfile::Container => KernelProfile::Container,
-        vz_config::LinuxProfile::Developer => KernelProfile::Developer,
-    };
+    let profile = config.linux_profile;
     let dir = match vz_linux::locate(config.guest_bundle(), profile) {
         Ok(dir) => dir,
         Err(EnsureError::NotFound { .. }) if vz_linux::embedded(profile).is_some() => {

@@ -11,13 +11,13 @@
 use std::{
     env,
     ffi::{CString, OsString},
-    fs::{self, File},
+    fs::File,
     io::{self, BufRead, Read, Seek},
     os::{
         fd::{AsFd, OwnedFd},
         unix::{ffi::OsStrExt, net::UnixListener},
     },
-    path::{Path, PathBuf},
+    path::PathBuf,
     process::ExitCode,
     rc::Rc,
     time::SystemTime,
@@ -35,14 +35,15 @@ use tokio::{
     signal::unix::{SignalKind, signal},
     sync::mpsc,
 };
+use vz_state::READY;
 use vz_sys::{
     channel::Channel,
-    process::{Command, Process, inherited_fd},
+    fork::KILLED,
+    process::{Command, Identity, Process, inherited_fd, own_oom_score, set_oom_score},
 };
 
 use super::{
     error::Error,
-    known::Known,
     place,
     spec::Bundle,
     state::{Dir, State, replace},
@@ -59,10 +60,6 @@ const CHANNEL_FD: i32 = 3;
 const DONE: &[u8] = b"done";
 /// Most bytes of an error that it says.
 const MOST: usize = 64 * 1024;
-/// What a process that was killed with its sandbox has for a status.
-const KILLED: u32 = 137;
-/// What the daemon reports once its VM is on the way; its own text otherwise.
-const READY: &str = "ready\n";
 
 /// What there is to keep.
 #[derive(Debug, Serialize, Deserialize)]
@@ -207,7 +204,7 @@ impl Kept<'_> {
     fn init(&self, stdio: Stdio, debug: bool, kernel_profile: Option<&str>, start: bool) -> Result<u32, Error> {
         let dir = &self.dir;
         let mut state = dir.read()?.ok_or_else(|| Error::Missing(dir.id().to_owned()))?;
-        state.init = Some(Known::this().map_err(Error::step("look up own process"))?);
+        state.init = Some(Identity::this().map_err(Error::step("look up own process"))?);
         dir.write(&state)?;
         let execs = UnixListener::bind(dir.short("exec")).map_err(Error::at("listen on", dir.path().join("exec")))?;
         let _daemon = start_daemon(dir, &state, debug, kernel_profile)?;
@@ -238,7 +235,7 @@ impl Kept<'_> {
         let spec = serde_json::to_vec(spec).map_err(|source| Error::Json { path: "process".into(), source })?;
         let since = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default();
         let exec_id = format!("{}-{}", std::process::id(), since.as_nanos());
-        let known = Known::this().map_err(Error::step("look up own process"))?;
+        let known = Identity::this().map_err(Error::step("look up own process"))?;
         runtime()?.block_on(async {
             let task = Task::connect(dir).await?;
             let signals = signals()?;
@@ -391,7 +388,7 @@ fn start_daemon(dir: &Dir, state: &State, debug: bool, kernel_profile: Option<&s
     report.read_line(&mut said).map_err(Error::step("read the daemon's report"))?;
     if said == READY {
         // It is the one to be sacrificed when memory is short. A host that forbids it loses nothing else.
-        drop(fs::write(format!("/proc/{}/oom_score_adj", daemon.pid()), oom_score().to_string()));
+        drop(set_oom_score(daemon.pid(), oom_score()));
         return Ok(daemon);
     }
     report.read_to_string(&mut said).map_err(Error::step("read the daemon's report"))?;
@@ -404,6 +401,5 @@ fn start_daemon(dir: &Dir, state: &State, debug: bool, kernel_profile: Option<&s
 
 /// One above our own, as containerd has it.
 fn oom_score() -> i32 {
-    let own = fs::read_to_string(Path::new("/proc/self/oom_score_adj"));
-    own.ok().and_then(|text| text.trim().parse::<i32>().ok()).unwrap_or(0).saturating_add(1).min(1000)
+    own_oom_score().unwrap_or(0).saturating_add(1).min(1000)
 }

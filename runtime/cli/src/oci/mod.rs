@@ -10,11 +10,12 @@ use std::{
     io::{self, Write},
     path::{Path, PathBuf},
     process::{self, Stdio},
-    time::SystemTime,
+    time::{Duration, Instant, SystemTime},
 };
 
 use nix::sys::signal::Signal;
 use serde_json::json;
+use vz_sys::process::Identity;
 
 use crate::table::{Style, colours, columns};
 
@@ -23,7 +24,6 @@ mod error;
 mod features;
 mod foreground;
 pub mod keeper;
-mod known;
 mod place;
 mod process_table;
 mod spec;
@@ -36,13 +36,14 @@ use args::{Format, Global, LogFormat};
 use error::Error;
 use foreground::Signals;
 use keeper::{Job, What};
-use known::Known;
 use spec::Bundle;
 use state::{Dir, State};
 use task::{Task, runtime};
 
 /// The shim's program, which is the sandbox's too.
 const SHIM: &str = "containerd-shim-vz-v2";
+/// How long a killed process may take to end.
+const KILL_DEADLINE: Duration = Duration::from_secs(10);
 
 /// What can be done.
 #[derive(Debug)]
@@ -119,7 +120,8 @@ fn act(global: &Global, verb: Verb) -> Result<(String, u8), Error> {
         Verb::Ps(id, format, options) => {
             let dir = Dir::open(&root, &id)?;
             let state = read(&dir)?;
-            let mut all: Vec<i32> = state.init.filter(|init| init.lives()).map(|init| init.pid).into_iter().collect();
+            let mut all: Vec<i32> =
+                state.init.filter(|init| init.is_alive()).map(|init| init.pid).into_iter().collect();
             all.extend(dir.execs().into_iter().map(|exec| exec.pid));
             Ok((process_table::show(&all, format, &options)?, 0))
         }
@@ -132,7 +134,7 @@ fn act(global: &Global, verb: Verb) -> Result<(String, u8), Error> {
 fn asked(root: &Path, id: &str, ask: impl AsyncFnOnce(Task) -> Result<(), Error>) -> Result<(), Error> {
     let dir = Dir::open(root, id)?;
     let state = read(&dir)?;
-    if !state.init.is_some_and(Known::lives) {
+    if !state.init.is_some_and(Identity::is_alive) {
         return Err(Error::NotRunning(id.to_owned()));
     }
     runtime()?.block_on(async { ask(Task::connect(&dir).await?).await })
@@ -145,9 +147,9 @@ fn read(dir: &Dir) -> Result<State, Error> {
 /// What a container is, in the words of the specification.
 fn status(dir: &Dir, state: &State) -> &'static str {
     match state.init {
-        None if state.creator.lives() => "creating",
+        None if state.creator.is_alive() => "creating",
         None => "stopped",
-        Some(init) if !init.lives() => "stopped",
+        Some(init) if !init.is_alive() => "stopped",
         Some(_) if !state.made => "creating",
         Some(_) => {
             let asked =
@@ -248,7 +250,7 @@ fn make(root: &Path, new: &args::New, what: What, detached: bool) -> Result<(Dir
             annotations: bundle.config.annotations.unwrap_or_default(),
             namespace: state::namespace(root),
             shim: shim.clone(),
-            creator: Known::this().map_err(Error::step("look up own process"))?,
+            creator: Identity::this().map_err(Error::step("look up own process"))?,
             init: None,
             made: false,
         };
@@ -371,7 +373,7 @@ fn kill(root: &Path, options: &args::Kill) -> Result<(), Error> {
             Err(Error::NotRunning(options.id.clone()))
         }
         // The container has ended, and its daemon with it, before that could answer.
-        Err(Error::Task { .. }) if !state.init.is_some_and(Known::lives) => Ok(()),
+        Err(Error::Task { .. }) if !state.init.is_some_and(Identity::is_alive) => Ok(()),
         other => other,
     })
 }
@@ -400,7 +402,7 @@ fn delete(root: &Path, id: &str, force: bool) -> Result<(), Error> {
         }
         if let Some(state) = dir.read()? {
             for process in [Some(state.creator), state.init].into_iter().flatten() {
-                process.end().map_err(Error::step("end the container's creation"))?;
+                end(process).map_err(Error::step("end the container's creation"))?;
             }
         }
         dir.lock()?;
@@ -431,11 +433,19 @@ fn take_away(root: &Path, dir: &Dir, shim: &Path) -> Result<(), Error> {
         other => other?,
     };
     if let Some(init) = state.as_ref().and_then(|state| state.init) {
-        init.end().map_err(Error::step("end the container's keeper"))?;
+        end(init).map_err(Error::step("end the container's keeper"))?;
     }
     let namespace = state.map_or_else(|| state::namespace(root), |state| state.namespace);
     unwind(shim, &namespace, dir.id())?;
     dir.remove()
+}
+
+/// Kills a process and waits until it has ended.
+fn end(process: Identity) -> io::Result<()> {
+    match process.kill(Instant::now() + KILL_DEADLINE)? {
+        true => Ok(()),
+        false => Err(io::ErrorKind::TimedOut.into()),
+    }
 }
 
 /// Has the shim replay a sandbox's journal, as containerd does after a crash.

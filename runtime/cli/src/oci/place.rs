@@ -31,7 +31,8 @@ pub struct Volume {
 pub fn volumes(mounts: &[Mount]) -> Result<Vec<Volume>, Error> {
     let mut volumes = Vec::new();
     for mount in mounts {
-        let bind = mount.kind.as_deref() == Some("bind") || mount.has("bind") || mount.has("rbind");
+        let options = mount.options.iter().flatten().map(String::as_str);
+        let bind = sys::is_bind(mount.kind.as_deref(), options);
         let Some(source) = mount.source.as_ref().filter(|_| bind) else { continue };
         if KERNELS.iter().any(|kernel| source.starts_with(kernel)) {
             continue;

@@ -25,8 +25,9 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
+use vz_sys::{hex, process::Identity};
 
-use super::{error::Error, known::Known};
+use super::error::Error;
 
 /// Where containers are without `--root`.
 pub const ROOT: &str = "/run/vz-oci";
@@ -54,11 +55,43 @@ pub struct State {
     /// The shim's program.
     pub shim: PathBuf,
     /// Who makes it.
-    pub creator: Known,
+    #[serde(with = "Form")]
+    pub creator: Identity,
     /// Its process on the host.
-    pub init: Option<Known>,
+    #[serde(with = "form_or_none", default)]
+    pub init: Option<Identity>,
     /// Whether its creation is done; the daemon knows it before that.
     pub made: bool,
+}
+
+/// The form that a process has in these files.
+#[derive(Serialize, Deserialize)]
+#[serde(remote = "Identity")]
+struct Form {
+    pid: i32,
+    #[serde(rename = "start")]
+    start_time: u64,
+}
+
+/// A process in that form.
+#[derive(Serialize, Deserialize)]
+#[serde(transparent)]
+struct Noted(#[serde(with = "Form")] Identity);
+
+/// One that there may be.
+mod form_or_none {
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+    use vz_sys::process::Identity;
+
+    use super::Noted;
+
+    pub(super) fn serialize<S: Serializer>(process: &Option<Identity>, to: S) -> Result<S::Ok, S::Error> {
+        process.map(Noted).serialize(to)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Identity>, D::Error> {
+        Ok(Option::<Noted>::deserialize(from)?.map(|noted| noted.0))
+    }
 }
 
 /// A container's directory, open.
@@ -84,8 +117,7 @@ pub fn namespace(root: &Path) -> String {
         return "oci".into();
     }
     let hash = Sha256::digest(root.as_os_str().as_encoded_bytes());
-    let hex: String = hash.iter().take(6).map(|byte| format!("{byte:02x}")).collect();
-    format!("oci-{hex}")
+    format!("oci-{}", hex::encode(hash.get(..6).unwrap_or(&hash)))
 }
 
 impl Dir {
@@ -192,19 +224,20 @@ impl Dir {
     }
 
     /// Its keeper notes an exec process that it keeps.
-    pub fn note_exec(&self, name: &str, keeper: Known) -> Result<(), Error> {
+    pub fn note_exec(&self, name: &str, keeper: Identity) -> Result<(), Error> {
         let path = self.path.join(format!("exec-{name}"));
-        let text = serde_json::to_vec(&keeper).map_err(|source| Error::Json { path: path.clone(), source })?;
+        let text = serde_json::to_vec(&Noted(keeper)).map_err(|source| Error::Json { path: path.clone(), source })?;
         replace(&path, &text)
     }
 
     /// Who keeps exec processes here.
-    pub fn execs(&self) -> Vec<Known> {
+    pub fn execs(&self) -> Vec<Identity> {
         let Ok(entries) = fs::read_dir(&self.path) else { return Vec::new() };
         let noted = entries.flatten().filter(|entry| entry.file_name().as_encoded_bytes().starts_with(b"exec-"));
         noted
-            .filter_map(|entry| serde_json::from_slice::<Known>(&fs::read(entry.path()).ok()?).ok())
-            .filter(|known| known.lives())
+            .filter_map(|entry| serde_json::from_slice::<Noted>(&fs::read(entry.path()).ok()?).ok())
+            .map(|noted| noted.0)
+            .filter(|keeper| keeper.is_alive())
             .collect()
     }
 }
@@ -268,20 +301,32 @@ mod tests {
             annotations: BTreeMap::new(),
             namespace: "oci".into(),
             shim: "/s".into(),
-            creator: Known::this().unwrap(),
+            creator: Identity::this().unwrap(),
             init: None,
             made: false,
         };
         dir.write(&state).unwrap();
         assert_eq!(again.read().unwrap(), Some(state));
-        dir.note_exec("x", Known::this().unwrap()).unwrap();
-        dir.note_exec("y", Known { pid: i32::MAX, start: 1 }).unwrap();
-        assert_eq!(again.execs(), [Known::this().unwrap()]);
+        dir.note_exec("x", Identity::this().unwrap()).unwrap();
+        dir.note_exec("y", Identity { pid: i32::MAX, start_time: 1 }).unwrap();
+        assert_eq!(again.execs(), [Identity::this().unwrap()]);
         assert_eq!(Dir::list(root.path()).unwrap(), ["c1"]);
         drop(dir);
         assert!(again.try_lock().unwrap());
         again.remove().unwrap();
         assert!(matches!(Dir::open(root.path(), "c1"), Err(Error::Missing(_))));
+    }
+
+    #[test]
+    fn the_form_of_processes_is_fixed() {
+        let text = r#"{"oci_version":"1","id":"c","bundle":"/b","rootfs":"/r","created":"now","annotations":{},"namespace":"oci","shim":"/s","creator":{"pid":7,"start":42},"init":null,"made":false}"#;
+        let mut state: State = serde_json::from_str(text).unwrap();
+        assert_eq!((state.creator, state.init), (Identity { pid: 7, start_time: 42 }, None));
+        assert_eq!(serde_json::to_string(&state).unwrap(), text);
+        state.init = Some(state.creator);
+        let text = text.replace(r#""init":null"#, r#""init":{"pid":7,"start":42}"#);
+        assert_eq!(serde_json::to_string(&state).unwrap(), text);
+        assert_eq!(serde_json::from_str::<State>(&text).unwrap(), state);
     }
 
     #[test]

@@ -7,7 +7,7 @@ use vz_jail::Role;
 use vz_virtio::{Backend, Error, Kicks, Kind, Queues, Worker};
 
 use super::*;
-use crate::{device::Unheard, window::Windows};
+use crate::{device::Unheard, register_page::RegisterPages};
 
 const RESET: &str = "reset";
 
@@ -38,6 +38,9 @@ impl Backend for Probe {
     fn activate(&mut self, acked: u64) {
         self.say.send(format!("activate {acked:#x}")).unwrap();
     }
+    fn run(&mut self, _: Queues<'_, '_>, _: &Memory) -> Result<Kicks, Error> {
+        unreachable!("it has no sources")
+    }
     fn queue(&mut self, index: u16, queues: Queues<'_, '_>, _: &Memory) -> Result<Kicks, Error> {
         let there: Vec<u16> = queues.iter().flatten().map(|queue| queue.size()).collect();
         self.say.send(format!("queue {index} of {there:?}")).unwrap();
@@ -63,7 +66,7 @@ fn guest() -> Guest {
         role: Role::Device,
     };
     let (device, serving) =
-        Device::new(vec![worker], &memory, Windows::reserve(1).unwrap().of(0), Box::new(Unheard)).unwrap();
+        Device::new(vec![worker], &memory, RegisterPages::reserve(1).unwrap().of(0), Box::new(Unheard)).unwrap();
     for serving in serving {
         // Unconfined: a filter would be the test process's for good.
         std::thread::spawn(move || serving.run().unwrap());

@@ -12,8 +12,8 @@ use std::{
 
 use vz_sys::tsc::{Sample, stated_khz};
 
-/// On a file system that a reboot empties. A namespace of containerd has no name with a dot in front.
-const FIRST_SAMPLE: &str = "/run/vz/.tsc";
+/// Below [`vz_state::ROOT`], which a reboot empties. A namespace of containerd has no name with a dot in front.
+const FIRST_SAMPLE: &str = ".tsc";
 /// Samples are off by well under a microsecond: the least time apart for some ten parts in a million.
 const APART: Duration = Duration::from_millis(20);
 /// Far more than clocks drift apart: beyond it, the counter was reset or has another frequency now.
@@ -22,7 +22,7 @@ const PARTS_OFF: u32 = 1000;
 /// kHz.
 pub(super) fn khz() -> u32 {
     stated_khz().unwrap_or_else(|| {
-        measured(Path::new(FIRST_SAMPLE)).unwrap_or_else(|e| {
+        measured(&Path::new(vz_state::ROOT).join(FIRST_SAMPLE)).unwrap_or_else(|e| {
             // Without a clock nothing else here would work: a frequency of most processors, and a word about it.
             tracing::error!("read clocks: {e}; the guest's clock will be wrong");
             2_500_000

@@ -8,6 +8,8 @@ use std::{
     path::Path,
 };
 
+use vz_state::CONSOLE;
+
 /// Bytes that are kept for [`Console::tail`].
 const TAIL: usize = 4096;
 /// Least size of the file.
@@ -29,8 +31,7 @@ impl Console {
     /// Starts a new file `console.log` in `dir`.
     pub(super) fn create(dir: &Path, limit: u64) -> io::Result<Self> {
         let mut options = OpenOptions::new();
-        let file =
-            options.read(true).write(true).create(true).truncate(true).mode(0o600).open(dir.join("console.log"))?;
+        let file = options.read(true).write(true).create(true).truncate(true).mode(0o600).open(dir.join(CONSOLE))?;
         Ok(Self { file: Some(file), size: 0, limit: limit.max(LEAST), tail: VecDeque::new() })
     }
 

@@ -6,8 +6,7 @@
 use std::{
     fmt::{self, Write as _},
     io::Write as _,
-    sync::{Arc, Mutex, PoisonError},
-    time::{Duration, Instant},
+    sync::Arc,
 };
 
 use tracing::{
@@ -15,17 +14,15 @@ use tracing::{
     field::{Field, Visit},
 };
 use tracing_subscriber::{Layer, filter::LevelFilter, layer::Context, layer::SubscriberExt};
+use vz_sys::rate::Limit;
 
-const WINDOW: Duration = Duration::from_secs(10);
+/// Lines in ten seconds.
 const LINES: u32 = 200;
 
 /// Installs it for tracing, and for what libraries send to `log` from warnings on. Only the first call has an effect.
 pub(super) fn install(sandbox: &str, level: &str) {
     let level = level.parse().unwrap_or(LevelFilter::INFO);
-    let lines = Arc::new(Lines {
-        sandbox: sandbox.to_owned(),
-        rate: Mutex::new(Rate { since: Instant::now(), lines: 0, left_out: 0 }),
-    });
+    let lines = Arc::new(Lines { sandbox: sandbox.to_owned(), limit: Limit::new(LINES) });
     let subscriber = tracing_subscriber::registry().with(Output(Arc::clone(&lines)).with_filter(level));
     let first = tracing::subscriber::set_global_default(subscriber).is_ok();
     if first && log::set_boxed_logger(Box::new(Output(lines))).is_ok() {
@@ -35,34 +32,12 @@ pub(super) fn install(sandbox: &str, level: &str) {
 
 struct Lines {
     sandbox: String,
-    rate: Mutex<Rate>,
-}
-
-struct Rate {
-    since: Instant,
-    lines: u32,
-    left_out: u64,
-}
-
-impl Rate {
-    /// Whether one more line may be written, and how many were left out before it.
-    fn admit(&mut self) -> Option<u64> {
-        if self.since.elapsed() >= WINDOW {
-            self.since = Instant::now();
-            self.lines = 0;
-        }
-        if self.lines >= LINES {
-            self.left_out = self.left_out.saturating_add(1);
-            return None;
-        }
-        self.lines = self.lines.saturating_add(1);
-        Some(std::mem::take(&mut self.left_out))
-    }
+    limit: Limit,
 }
 
 impl Lines {
     fn write(&self, level: &str, fields: &str) {
-        let Some(left_out) = self.rate.lock().unwrap_or_else(PoisonError::into_inner).admit() else { return };
+        let Some(left_out) = self.limit.admit() else { return };
         let mut line = format!("level={level} sandbox={}{fields}", self.sandbox);
         if left_out > 0 {
             let _ = write!(line, " left_out={left_out}");
@@ -142,14 +117,5 @@ mod tests {
         assert_eq!(quote(""), "\"\"");
         assert_eq!(quote("a b"), "\"a b\"");
         assert_eq!(quote("a\nlevel=error"), "\"a\\nlevel=error\"");
-    }
-
-    #[test]
-    fn the_rate_is_bounded_and_says_what_it_left_out() {
-        let mut rate = Rate { since: Instant::now(), lines: 0, left_out: 0 };
-        assert!((0..LINES).all(|_| rate.admit() == Some(0)));
-        assert_eq!((rate.admit(), rate.admit()), (None, None));
-        rate.since -= WINDOW;
-        assert_eq!((rate.admit(), rate.admit()), (Some(2), Some(0)));
     }
 }

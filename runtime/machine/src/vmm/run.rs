@@ -3,7 +3,7 @@
 use std::{
     collections::HashMap,
     io,
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    os::fd::{AsFd, BorrowedFd},
     time::{Duration, Instant},
 };
 
@@ -11,6 +11,7 @@ use nix::{
     errno::Errno,
     poll::{PollFd, PollFlags, PollTimeout, poll},
 };
+use vz_sys::fd::set_nonblocking;
 use vz_virtio::vsock;
 
 use super::{Console, Failures, Outbox, Pipe, Started};
@@ -65,7 +66,7 @@ impl Loop {
         outbox.push(Event::Launched { machine: kind, qemu_pid: host_pid, cpu_us }, None);
         let outputs = machine.outputs();
         for fd in outputs.console.iter().chain(&outputs.complaints) {
-            set_nonblocking(fd)?;
+            set_nonblocking(fd, true)?;
         }
         let boot_limit = Duration::from_millis(config.boot_deadline_ms);
         Ok(Self {
@@ -365,13 +366,6 @@ fn keep_last(kept: &mut Vec<u8>, bytes: &[u8]) {
     kept.extend_from_slice(bytes);
     let surplus = kept.len().saturating_sub(COMPLAINTS);
     kept.drain(..surplus);
-}
-
-fn set_nonblocking(fd: &OwnedFd) -> io::Result<()> {
-    use nix::fcntl::{FcntlArg, OFlag, fcntl};
-    let flags = OFlag::from_bits_retain(fcntl(fd, FcntlArg::F_GETFL)?);
-    fcntl(fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
-    Ok(())
 }
 
 /// A line of the kernel without its time stamp.

@@ -478,7 +478,7 @@ mod tests {
             &[]
         }
 
-        fn queue(&mut self, _: u16, queues: Queues<'_, '_>, memory: &Memory) -> Result<Kicks, Error> {
+        fn run(&mut self, queues: Queues<'_, '_>, memory: &Memory) -> Result<Kicks, Error> {
             let mut kicks = Kicks::NONE;
             let Some(Some(queue)) = queues.first_mut() else { return Ok(kicks) };
             while let Some(chain) = queue.iter(memory).unwrap().next() {

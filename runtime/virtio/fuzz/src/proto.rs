@@ -8,7 +8,7 @@ use std::{
 
 use protobuf::Message;
 use vz_proto::{
-    CreateContainerResponse, Event, ExecProcessResponse, Hello, ListPidsResponse, LogRecord, StatsResponse,
+    CreateContainerResponse, Event, ExecProcessResponse, ForwardReply, Hello, LogRecord, StatsResponse,
     WaitProcessResponse, frame,
 };
 
@@ -57,7 +57,7 @@ pub(crate) fn run(bytes: &[u8]) -> Result<(), String> {
         }
         3 => message::<Event>(bytes),
         4 => message::<StatsResponse>(bytes),
-        5 => message::<ListPidsResponse>(bytes),
+        5 => frames::<ForwardReply>(bytes),
         6 => message::<WaitProcessResponse>(bytes),
         7 => message::<ExecProcessResponse>(bytes),
         _ => message::<CreateContainerResponse>(bytes),

@@ -27,7 +27,7 @@ use vz_sys::memory::Mapping;
 use crate::{
     Backend, Error, Kicks, Kind, Memory, Queues, Source,
     chain::{Buffers, Chain, Malformed, Served, serve},
-    limit::Mistakes,
+    mistakes::Mistakes,
     wake::Wake,
 };
 
@@ -152,32 +152,6 @@ impl Balloon {
             self.set_field(NUM_PAGES, target);
             kicks.insert_config();
         }
-    }
-
-    fn run(&mut self, queues: Queues<'_, '_>, memory: &Memory) -> Result<Kicks, Error> {
-        let mut kicks = Kicks::NONE;
-        let mut again = false;
-        for (index, queue) in queues.iter_mut().enumerate() {
-            let Some(queue) = queue else { continue };
-            let mut failed = Ok(());
-            let (used, more) = serve(queue, memory, BATCH, |chain| {
-                if failed.is_err() {
-                    return Served::NotNow;
-                }
-                failed = self.chain(index, memory, chain);
-                Served::Used(0)
-            })?;
-            failed?;
-            if used {
-                kicks.insert(index);
-            }
-            again |= more;
-        }
-        if again {
-            self.shared.wake.signal();
-        }
-        self.retarget(&mut kicks);
-        Ok(kicks)
     }
 
     fn chain(&mut self, index: usize, memory: &Memory, chain: Chain<'_>) -> Result<(), Error> {
@@ -339,13 +313,35 @@ impl Backend for Balloon {
         vec![self.shared.wake.source(0)]
     }
 
-    fn queue(&mut self, _index: u16, queues: Queues<'_, '_>, memory: &Memory) -> Result<Kicks, Error> {
-        self.run(queues, memory)
+    fn run(&mut self, queues: Queues<'_, '_>, memory: &Memory) -> Result<Kicks, Error> {
+        let mut kicks = Kicks::NONE;
+        let mut again = false;
+        for (index, queue) in queues.iter_mut().enumerate() {
+            let Some(queue) = queue else { continue };
+            let mut failed = Ok(());
+            let (used, more) = serve(queue, memory, BATCH, |chain| {
+                if failed.is_err() {
+                    return Served::NotNow;
+                }
+                failed = self.chain(index, memory, chain);
+                Served::Used(0)
+            })?;
+            failed?;
+            if used {
+                kicks.insert(index);
+            }
+            again |= more;
+        }
+        if again {
+            self.shared.wake.signal();
+        }
+        self.retarget(&mut kicks);
+        Ok(kicks)
     }
 
-    fn source(&mut self, _token: u16, queues: Queues<'_, '_>, memory: &Memory) -> Result<Kicks, Error> {
+    fn clear(&mut self, _token: u16) -> Result<(), Error> {
         self.shared.wake.clear();
-        self.run(queues, memory)
+        Ok(())
     }
 
     /// The driver starts with an empty balloon; the target stays.

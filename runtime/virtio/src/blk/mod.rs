@@ -19,7 +19,7 @@ use nix::errno::Errno;
 use crate::{
     Backend, Error, Kicks, Kind, Memory, Queues, Source,
     chain::{Buffers, Chain, Malformed, Served, serve},
-    limit::Mistakes,
+    mistakes::Mistakes,
     wake::Wake,
 };
 
@@ -228,19 +228,6 @@ pub struct BlkQueue {
 }
 
 impl BlkQueue {
-    fn run(&mut self, queues: Queues<'_, '_>, memory: &Memory) -> Result<Kicks, Error> {
-        let mut kicks = Kicks::NONE;
-        let Some(Some(queue)) = queues.first_mut() else { return Ok(kicks) };
-        let (used, more) = serve(queue, memory, BATCH, |chain| Served::Used(self.request(memory, chain)))?;
-        if used {
-            kicks.insert(0);
-        }
-        if more {
-            self.wake.signal();
-        }
-        Ok(kicks)
-    }
-
     /// Serves one request; how many bytes were written to its buffers.
     fn request(&mut self, memory: &Memory, chain: Chain<'_>) -> u32 {
         let mut room = match Buffers::writable(memory, chain.clone()) {
@@ -415,13 +402,22 @@ impl Backend for BlkQueue {
         vec![self.wake.source(0)]
     }
 
-    fn queue(&mut self, _index: u16, queues: Queues<'_, '_>, memory: &Memory) -> Result<Kicks, Error> {
-        self.run(queues, memory)
+    fn run(&mut self, queues: Queues<'_, '_>, memory: &Memory) -> Result<Kicks, Error> {
+        let mut kicks = Kicks::NONE;
+        let Some(Some(queue)) = queues.first_mut() else { return Ok(kicks) };
+        let (used, more) = serve(queue, memory, BATCH, |chain| Served::Used(self.request(memory, chain)))?;
+        if used {
+            kicks.insert(0);
+        }
+        if more {
+            self.wake.signal();
+        }
+        Ok(kicks)
     }
 
-    fn source(&mut self, _token: u16, queues: Queues<'_, '_>, memory: &Memory) -> Result<Kicks, Error> {
+    fn clear(&mut self, _token: u16) -> Result<(), Error> {
         self.wake.clear();
-        self.run(queues, memory)
+        Ok(())
     }
 
     fn reset(&mut self) {

@@ -8,19 +8,19 @@
 use std::{
     fs::File,
     io,
-    os::fd::{AsFd, OwnedFd},
+    os::fd::OwnedFd,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
 };
 
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use vz_sys::fd::set_nonblocking;
 
 use crate::{
     Backend, Error, Kicks, Kind, Memory, Queues, Source,
     chain::{Buffers, Chain, Malformed, Served, serve},
-    limit::Mistakes,
+    mistakes::Mistakes,
     wake::Wake,
 };
 
@@ -73,8 +73,7 @@ impl Console {
     ///
     /// The process must ignore SIGPIPE, as programs in Rust do.
     pub fn new(output: OwnedFd) -> io::Result<Self> {
-        let flags = OFlag::from_bits_retain(fcntl(output.as_fd(), FcntlArg::F_GETFL)?);
-        fcntl(output.as_fd(), FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+        set_nonblocking(&output, true)?;
         Ok(Self {
             output: Some(File::from(output)),
             dropped: Dropped::default(),
@@ -112,24 +111,6 @@ impl Console {
         self.dropped.add(len.saturating_sub(written));
         if len > CHAIN { Err(BadOutput::TooLong(len)) } else { Ok(()) }
     }
-
-    fn run(&mut self, queues: Queues<'_, '_>, memory: &Memory) -> Result<Kicks, Error> {
-        let mut kicks = Kicks::NONE;
-        let Some(Some(tx)) = queues.get_mut(TX) else { return Ok(kicks) };
-        let (used, more) = serve(tx, memory, BATCH, |chain| {
-            if let Err(e) = self.print(memory, chain) {
-                self.mistakes.note(&e);
-            }
-            Served::Used(0)
-        })?;
-        if used {
-            kicks.insert(TX);
-        }
-        if more {
-            self.wake.signal();
-        }
-        Ok(kicks)
-    }
 }
 
 impl Backend for Console {
@@ -150,13 +131,27 @@ impl Backend for Console {
         vec![self.wake.source(0)]
     }
 
-    fn queue(&mut self, _index: u16, queues: Queues<'_, '_>, memory: &Memory) -> Result<Kicks, Error> {
-        self.run(queues, memory)
+    fn run(&mut self, queues: Queues<'_, '_>, memory: &Memory) -> Result<Kicks, Error> {
+        let mut kicks = Kicks::NONE;
+        let Some(Some(tx)) = queues.get_mut(TX) else { return Ok(kicks) };
+        let (used, more) = serve(tx, memory, BATCH, |chain| {
+            if let Err(e) = self.print(memory, chain) {
+                self.mistakes.note(&e);
+            }
+            Served::Used(0)
+        })?;
+        if used {
+            kicks.insert(TX);
+        }
+        if more {
+            self.wake.signal();
+        }
+        Ok(kicks)
     }
 
-    fn source(&mut self, _token: u16, queues: Queues<'_, '_>, memory: &Memory) -> Result<Kicks, Error> {
+    fn clear(&mut self, _token: u16) -> Result<(), Error> {
         self.wake.clear();
-        self.run(queues, memory)
+        Ok(())
     }
 }
 

@@ -31,7 +31,7 @@ use nix::{
     errno::Errno,
     fcntl::{FcntlArg, OFlag, fcntl},
 };
-use vz_sys::thread::Interruptible;
+use vz_sys::{sync::lock, thread::Interruptible};
 
 /// Owners of POSIX and OFD locks: each has a descriptor.
 pub(super) const OWNERS: usize = 2048;
@@ -689,11 +689,11 @@ impl Locks {
 
 impl Inner {
     fn table(&self) -> MutexGuard<'_, Table> {
-        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.table)
     }
 
     fn waits(&self) -> MutexGuard<'_, Waits> {
-        self.waits.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.waits)
     }
 }
 

@@ -16,7 +16,7 @@
 use std::{
     fs::File,
     io::{self, Read, Write},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex},
     time::Duration,
 };
 
@@ -30,11 +30,12 @@ use virtiofsd::{
 
 use virtio_queue::QueueT;
 use vm_memory::{Address, Bytes, GuestAddress};
+use vz_sys::sync;
 
 use crate::{
     Backend, Error, Kicks, Kind, Memory, Queues, Source,
     chain::{Chain, Served, serve},
-    limit::Mistakes,
+    mistakes::Mistakes,
     wake::Wake,
 };
 
@@ -262,7 +263,7 @@ impl Later {
     }
 
     fn done(&self) -> std::sync::MutexGuard<'_, Done> {
-        self.done.lock().unwrap_or_else(PoisonError::into_inner)
+        sync::lock(&self.done)
     }
 
     /// Whoever answers takes this along.
@@ -480,25 +481,6 @@ impl Backend for FsQueue {
         vec![self.later.wake.source(0)]
     }
 
-    fn queue(&mut self, _index: u16, queues: Queues<'_, '_>, memory: &Memory) -> Result<Kicks, Error> {
-        self.run(queues, memory)
-    }
-
-    fn source(&mut self, _token: u16, queues: Queues<'_, '_>, memory: &Memory) -> Result<Kicks, Error> {
-        self.later.wake.clear();
-        self.run(queues, memory)
-    }
-
-    fn reset(&mut self) {
-        let mut done = self.later.done();
-        done.generation = done.generation.wrapping_add(1);
-        done.answers.clear();
-        drop(done);
-        self.server.locks().leave(self.number);
-    }
-}
-
-impl FsQueue {
     /// Serves some of what is there, and comes back for the rest.
     fn run(&mut self, queues: Queues<'_, '_>, memory: &Memory) -> Result<Kicks, Error> {
         let mut kicks = Kicks::NONE;
@@ -533,6 +515,19 @@ impl FsQueue {
             later.wake.signal();
         }
         Ok(kicks)
+    }
+
+    fn clear(&mut self, _token: u16) -> Result<(), Error> {
+        self.later.wake.clear();
+        Ok(())
+    }
+
+    fn reset(&mut self) {
+        let mut done = self.later.done();
+        done.generation = done.generation.wrapping_add(1);
+        done.answers.clear();
+        drop(done);
+        self.server.locks().leave(self.number);
     }
 }
 

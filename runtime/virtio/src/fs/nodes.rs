@@ -18,7 +18,7 @@ use std::{
     hash::{BuildHasher, RandomState},
     io, mem,
     sync::{
-        Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
+        Arc, RwLock, RwLockReadGuard, RwLockWriteGuard,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
 };
@@ -27,6 +27,7 @@ use virtiofsd::{
     filesystem::{Entry, FileSystem},
     fuse::{ATTR_SUBMOUNT, ROOT_ID},
 };
+use vz_sys::sync;
 
 use super::{cache::Stamp, nobody};
 
@@ -314,11 +315,11 @@ impl Nodes {
     }
 
     fn read(&self) -> RwLockReadGuard<'_, Table> {
-        self.table.read().unwrap_or_else(PoisonError::into_inner)
+        sync::read(&self.table)
     }
 
     fn write(&self) -> RwLockWriteGuard<'_, Table> {
-        self.table.write().unwrap_or_else(PoisonError::into_inner)
+        sync::write(&self.table)
     }
 
     /// Lets virtiofsd forget what the table has given up.

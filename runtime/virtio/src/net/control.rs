@@ -11,7 +11,7 @@ use super::port::Port;
 use crate::{
     Error, Memory,
     chain::{Buffers, Chain, Malformed, Served, serve},
-    limit::Mistakes,
+    mistakes::Mistakes,
     wake::Wake,
 };
 

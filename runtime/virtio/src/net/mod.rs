@@ -30,7 +30,7 @@ use vz_sys::memory::writev;
 use crate::{
     Backend, Error, Kicks, Kind, Memory, Queues, Source,
     chain::{Buffers, Chain, Malformed, Served, serve},
-    limit::Mistakes,
+    mistakes::Mistakes,
     wake::Wake,
 };
 
@@ -268,55 +268,6 @@ impl<P: Port> NetPair<P> {
         Ok(())
     }
 
-    fn run(&mut self, queues: Queues<'_, '_>, memory: &Memory) -> Result<Kicks, Error> {
-        if let Some(e) = self.failed.take() {
-            return Err(e);
-        }
-        let mut kicks = Kicks::NONE;
-        let control = self.control_queue();
-        if let Some(index) = control
-            && let Some(Some(queue)) = queues.get_mut(index)
-        {
-            let (used, more) = self.control(queue, memory)?;
-            if used {
-                kicks.insert(index);
-            }
-            if more {
-                self.call_again();
-            }
-        }
-        if control == Some(RX) {
-            return Ok(kicks);
-        }
-        let [rx, tx, ..] = queues else { return Ok(kicks) };
-        let peers = Arc::clone(&self.peers);
-        let Some(Peer { port, .. }) = peers.get(self.index) else { return Ok(kicks) };
-        for _ in 0..TURNS {
-            let mut more = false;
-            if let Some(queue) = rx {
-                let progress = self.receiver.run(port, queue, memory, &mut self.mistakes)?;
-                if progress.used {
-                    kicks.insert(RX);
-                }
-                more |= progress.more;
-            }
-            if let Some(queue) = tx
-                && self.writable
-            {
-                let (used, more_to_send) = self.send(port, queue, memory)?;
-                if used {
-                    kicks.insert(TX);
-                }
-                more |= more_to_send;
-            }
-            if !more {
-                return Ok(kicks);
-            }
-        }
-        self.call_again();
-        Ok(kicks)
-    }
-
     fn call_again(&self) {
         if let Some(peer) = self.peers.get(self.index) {
             peer.wake.signal();
@@ -411,13 +362,57 @@ impl<P: Port> Backend for NetPair<P> {
         vec![Source { fd: self.epoll.0.as_raw_fd(), token: 0 }]
     }
 
-    fn queue(&mut self, _index: u16, queues: Queues<'_, '_>, memory: &Memory) -> Result<Kicks, Error> {
-        self.run(queues, memory)
+    fn run(&mut self, queues: Queues<'_, '_>, memory: &Memory) -> Result<Kicks, Error> {
+        if let Some(e) = self.failed.take() {
+            return Err(e);
+        }
+        let mut kicks = Kicks::NONE;
+        let control = self.control_queue();
+        if let Some(index) = control
+            && let Some(Some(queue)) = queues.get_mut(index)
+        {
+            let (used, more) = self.control(queue, memory)?;
+            if used {
+                kicks.insert(index);
+            }
+            if more {
+                self.call_again();
+            }
+        }
+        if control == Some(RX) {
+            return Ok(kicks);
+        }
+        let [rx, tx, ..] = queues else { return Ok(kicks) };
+        let peers = Arc::clone(&self.peers);
+        let Some(Peer { port, .. }) = peers.get(self.index) else { return Ok(kicks) };
+        for _ in 0..TURNS {
+            let mut more = false;
+            if let Some(queue) = rx {
+                let progress = self.receiver.run(port, queue, memory, &mut self.mistakes)?;
+                if progress.used {
+                    kicks.insert(RX);
+                }
+                more |= progress.more;
+            }
+            if let Some(queue) = tx
+                && self.writable
+            {
+                let (used, more_to_send) = self.send(port, queue, memory)?;
+                if used {
+                    kicks.insert(TX);
+                }
+                more |= more_to_send;
+            }
+            if !more {
+                return Ok(kicks);
+            }
+        }
+        self.call_again();
+        Ok(kicks)
     }
 
-    fn source(&mut self, _token: u16, queues: Queues<'_, '_>, memory: &Memory) -> Result<Kicks, Error> {
-        self.poll()?;
-        self.run(queues, memory)
+    fn clear(&mut self, _token: u16) -> Result<(), Error> {
+        self.poll()
     }
 
     fn reset(&mut self) {

@@ -5,8 +5,7 @@ use std::{
     os::fd::{AsFd, BorrowedFd, OwnedFd},
 };
 
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
-use vz_sys::tap;
+use vz_sys::{fd::set_nonblocking, tap};
 
 use super::{HEADER, feature};
 
@@ -56,9 +55,7 @@ impl Tap {
                 return Err(TapError::Lacks(name));
             }
         }
-        let blocking = |e: nix::Error| TapError::Set("non-blocking mode", e.into());
-        let flags = OFlag::from_bits_retain(fcntl(queue.as_fd(), FcntlArg::F_GETFL).map_err(blocking)?);
-        fcntl(queue.as_fd(), FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK)).map_err(blocking)?;
+        set_nonblocking(&queue, true).map_err(|e| TapError::Set("non-blocking mode", e))?;
         // A kernel that cannot give such frames cannot take them either.
         let long_udp = tap::set_offload(&queue, tap::CSUM | tap::USO4 | tap::USO6).is_ok();
         tap::set_offload(&queue, 0).map_err(|e| TapError::Set("offloads", e))?;

@@ -14,7 +14,7 @@ use super::{BATCH, BadFrame, HEADER, MAX_CHAIN_PIECES, MAX_FRAME, port::Port};
 use crate::{
     Error, Memory,
     chain::{Buffers, Malformed, Slice, add_used_together},
-    limit::Mistakes,
+    mistakes::Mistakes,
 };
 
 /// Where the header counts the buffers of a frame.

@@ -17,7 +17,7 @@ use nix::sys::{
 use crate::{
     Backend, Error, Kicks, Kind, Memory, Queues, Source,
     chain::{Buffers, Chain, Malformed, Served, serve},
-    limit::Mistakes,
+    mistakes::Mistakes,
 };
 
 /// Bytes that one request gets; the rest of its buffers stays as it is.
@@ -85,6 +85,24 @@ impl Rng {
         self.charge(0)?;
         Ok(0)
     }
+}
+
+impl Backend for Rng {
+    fn kind(&self) -> Kind {
+        Kind::Rng
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &QUEUE_SIZES
+    }
+
+    fn config(&self) -> &[u8] {
+        &[]
+    }
+
+    fn sources(&self) -> Vec<Source> {
+        vec![Source { fd: self.timer.as_fd().as_raw_fd(), token: 0 }]
+    }
 
     fn run(&mut self, queues: Queues<'_, '_>, memory: &Memory) -> Result<Kicks, Error> {
         let mut kicks = Kicks::NONE;
@@ -109,36 +127,14 @@ impl Rng {
         }
         Ok(kicks)
     }
-}
-
-impl Backend for Rng {
-    fn kind(&self) -> Kind {
-        Kind::Rng
-    }
-
-    fn queue_sizes(&self) -> &[u16] {
-        &QUEUE_SIZES
-    }
-
-    fn config(&self) -> &[u8] {
-        &[]
-    }
-
-    fn sources(&self) -> Vec<Source> {
-        vec![Source { fd: self.timer.as_fd().as_raw_fd(), token: 0 }]
-    }
-
-    fn queue(&mut self, _index: u16, queues: Queues<'_, '_>, memory: &Memory) -> Result<Kicks, Error> {
-        self.run(queues, memory)
-    }
 
     /// A period is over.
-    fn source(&mut self, _token: u16, queues: Queues<'_, '_>, memory: &Memory) -> Result<Kicks, Error> {
+    fn clear(&mut self, _token: u16) -> Result<(), Error> {
         // Fails where it was not over after all.
         if self.timer.wait().is_ok() {
             self.budget = BUDGET;
         }
-        self.run(queues, memory)
+        Ok(())
     }
 
     // A reset leaves the budget alone: it would be the way around it.

@@ -26,7 +26,7 @@ use nix::sys::{
 use crate::{
     Backend, Error, Kicks, Kind, Memory, Queue, Queues, Source,
     chain::{Buffers, Chain, Malformed, Served, serve},
-    limit::Mistakes,
+    mistakes::Mistakes,
 };
 
 mod connection;
@@ -290,28 +290,6 @@ impl Vsock {
 
     // --- The guest's side --------------------------------------------------------------------------------------------
 
-    /// Serves both queues until neither has anything left.
-    fn run(&mut self, queues: Queues<'_, '_>, memory: &Memory) -> Result<Kicks, Error> {
-        let mut kicks = Kicks::NONE;
-        let [Some(rx), Some(tx), ..] = queues else { return Ok(kicks) };
-        for _ in 0..TURNS {
-            let (received, more_to_receive) = self.receive(tx, memory)?;
-            let (sent, more_to_send) = self.send(rx, memory)?;
-            if received {
-                kicks.insert(TX);
-            }
-            if sent {
-                kicks.insert(RX);
-            }
-            // A send makes room for resets, for which the other queue may wait.
-            if !(more_to_receive || more_to_send || sent && self.resets.len() < RESETS) {
-                return Ok(kicks);
-            }
-        }
-        signal(&self.wake);
-        Ok(kicks)
-    }
-
     fn receive(&mut self, tx: &mut Queue, memory: &Memory) -> Result<(bool, bool), Error> {
         serve(tx, memory, BATCH, |chain| {
             if self.resets.len() >= RESETS {
@@ -490,13 +468,30 @@ impl Backend for Vsock {
         vec![Source { fd: self.epoll.0.as_raw_fd(), token: 0 }]
     }
 
-    fn queue(&mut self, _index: u16, queues: Queues<'_, '_>, memory: &Memory) -> Result<Kicks, Error> {
-        self.run(queues, memory)
+    /// Serves both queues until neither has anything left.
+    fn run(&mut self, queues: Queues<'_, '_>, memory: &Memory) -> Result<Kicks, Error> {
+        let mut kicks = Kicks::NONE;
+        let [Some(rx), Some(tx), ..] = queues else { return Ok(kicks) };
+        for _ in 0..TURNS {
+            let (received, more_to_receive) = self.receive(tx, memory)?;
+            let (sent, more_to_send) = self.send(rx, memory)?;
+            if received {
+                kicks.insert(TX);
+            }
+            if sent {
+                kicks.insert(RX);
+            }
+            // A send makes room for resets, for which the other queue may wait.
+            if !(more_to_receive || more_to_send || sent && self.resets.len() < RESETS) {
+                return Ok(kicks);
+            }
+        }
+        signal(&self.wake);
+        Ok(kicks)
     }
 
-    fn source(&mut self, _token: u16, queues: Queues<'_, '_>, memory: &Memory) -> Result<Kicks, Error> {
-        self.poll()?;
-        self.run(queues, memory)
+    fn clear(&mut self, _token: u16) -> Result<(), Error> {
+        self.poll()
     }
 
     fn reset(&mut self) {

@@ -21,16 +21,14 @@ use vz_virtio::Memory;
 use crate::{
     Error,
     layout::{MMIO, MMIO_SIZE},
+    register::CONFIG,
 };
-
-/// Offset of the configuration space.
-pub(crate) const CONFIG: u64 = 0x100;
 
 /// The pages of all devices, one after the other.
 #[derive(Debug, Clone)]
-pub(crate) struct Windows(Memory);
+pub(crate) struct RegisterPages(Memory);
 
-impl Windows {
+impl RegisterPages {
     /// Pages for this many devices, all zeros.
     pub(crate) fn reserve(devices: u32) -> Result<Self, Error> {
         let bytes = MMIO_SIZE.saturating_mul(devices.into());
@@ -45,19 +43,19 @@ impl Windows {
     }
 
     /// The page of the device of this number.
-    pub(crate) fn of(&self, device: u32) -> Window {
-        Window { pages: self.0.clone(), base: MMIO.saturating_add(MMIO_SIZE.saturating_mul(device.into())) }
+    pub(crate) fn of(&self, device: u32) -> RegisterPage {
+        RegisterPage { pages: self.0.clone(), base: MMIO.saturating_add(MMIO_SIZE.saturating_mul(device.into())) }
     }
 }
 
 /// One device's page.
 #[derive(Debug, Clone)]
-pub(crate) struct Window {
+pub(crate) struct RegisterPage {
     pages: Memory,
     base: u64,
 }
 
-impl Window {
+impl RegisterPage {
     /// Shows a register's value.
     pub(crate) fn set(&self, register: u64, value: u32) {
         let stored =
@@ -93,14 +91,14 @@ mod tests {
 
     #[test]
     fn a_page_shows_what_was_set_and_no_other_devices() {
-        let windows = Windows::reserve(2).unwrap();
-        let (first, second) = (windows.of(0), windows.of(1));
+        let pages = RegisterPages::reserve(2).unwrap();
+        let (first, second) = (pages.of(0), pages.of(1));
         first.set(0, 0x0403_0201);
         first.set_config(&[1, 2, 3, 4, 5]);
         second.set(0xffc, u32::MAX);
-        let read = |window: &Window, offset| {
+        let read = |page: &RegisterPage, offset| {
             let mut bytes = [0xaa; 8];
-            window.read(offset, &mut bytes);
+            page.read(offset, &mut bytes);
             bytes
         };
         assert_eq!(read(&first, 0), [1, 2, 3, 4, 0, 0, 0, 0]);

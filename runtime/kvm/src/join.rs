@@ -8,7 +8,7 @@ use crate::Error;
 const STACK: usize = 256 << 10;
 
 /// Does `other` in a thread of this name while this one does its `own`. Of two errors, the own one counts.
-pub(crate) fn beside<A: Send, B>(
+pub(crate) fn join<A: Send, B>(
     name: &str,
     other: impl FnOnce() -> Result<A, Error> + Send,
     own: impl FnOnce() -> Result<B, Error>,
@@ -41,14 +41,14 @@ mod tests {
             to_other.send(2).unwrap();
             Ok(from_other.recv().unwrap())
         };
-        assert_eq!(beside("other", other, own).unwrap(), (2, 1));
+        assert_eq!(join("other", other, own).unwrap(), (2, 1));
     }
 
     #[test]
     fn errors_of_both_are_told() {
-        let error = beside("other", || Err::<(), _>(Error::Cpuid), || Ok(())).unwrap_err();
+        let error = join("other", || Err::<(), _>(Error::Cpuid), || Ok(())).unwrap_err();
         assert!(matches!(error, Error::Cpuid));
-        let error = beside("other", || Err::<(), _>(Error::Cpuid), || Err::<(), _>(Error::Vcpus(0))).unwrap_err();
+        let error = join("other", || Err::<(), _>(Error::Cpuid), || Err::<(), _>(Error::Vcpus(0))).unwrap_err();
         assert!(matches!(error, Error::Vcpus(0)));
     }
 }

@@ -1,53 +1,38 @@
-//! Logging of what a guest brings about, at a bounded rate.
+//! Mistakes of a guest: counted, and logged at a bounded rate.
 
-use std::{
-    fmt::Display,
-    time::{Duration, Instant},
-};
+use std::fmt::Display;
 
-/// Lines in one [`WINDOW`].
+use vz_sys::rate::Limit;
+
+/// Lines in ten seconds.
 const LINES: u32 = 5;
-const WINDOW: Duration = Duration::from_secs(10);
 
 /// Counts mistakes, and logs the first few lines of each window.
 #[derive(Debug)]
 pub(crate) struct Mistakes {
     device: &'static str,
     total: u64,
-    window: Instant,
-    lines: u32,
+    limit: Limit,
 }
 
 impl Mistakes {
     pub(crate) fn new(device: &'static str) -> Self {
-        Self { device, total: 0, window: Instant::now(), lines: 0 }
+        Self { device, total: 0, limit: Limit::new(LINES) }
     }
 
     /// Notes one.
     pub(crate) fn note(&mut self, what: &dyn Display) {
         self.total = self.total.saturating_add(1);
-        if self.may_log() {
+        if self.limit.admit().is_some() {
             tracing::warn!(device = self.device, total = self.total, "guest mistake: {what}");
         }
     }
 
     /// Logs what failed on the host while it did what the guest asked for, which is no mistake of the guest's.
     pub(crate) fn fault(&mut self, what: &dyn Display) {
-        if self.may_log() {
+        if self.limit.admit().is_some() {
             tracing::warn!(device = self.device, "host fault: {what}");
         }
-    }
-
-    fn may_log(&mut self) -> bool {
-        if self.window.elapsed() >= WINDOW {
-            self.window = Instant::now();
-            self.lines = 0;
-        }
-        let may = self.lines < LINES;
-        if may {
-            self.lines = self.lines.saturating_add(1);
-        }
-        may
     }
 
     #[cfg(test)]

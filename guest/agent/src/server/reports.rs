@@ -1,10 +1,8 @@
 //! What PID 1 reports: answers, exits, and after a restart what there is.
 
-use std::{
-    fs,
-    os::fd::OwnedFd,
-    sync::{Arc, PoisonError},
-};
+use std::{fs, os::fd::OwnedFd, sync::Arc};
+
+use vz_sys::sync::lock;
 
 use super::{
     Error,
@@ -35,7 +33,7 @@ impl Agent {
         loop {
             let (report, fds) = reports.next().await.map_err(Error::Link)?.ok_or(Error::Orphaned)?;
             self.report(report, fds);
-            let late: Vec<_> = self.abandoned.lock().unwrap_or_else(PoisonError::into_inner).drain(..).collect();
+            let late: Vec<_> = lock(&self.abandoned).drain(..).collect();
             for id in late {
                 tokio::spawn(Arc::clone(&self).remove_abandoned(id));
             }
@@ -88,7 +86,7 @@ impl Agent {
                 return tracing::error!(container, "found container: {e}");
             }
             if process.abandoned {
-                self.abandoned.lock().unwrap_or_else(PoisonError::into_inner).push(container.clone());
+                lock(&self.abandoned).push(container.clone());
             } else {
                 self.watch(container);
             }
@@ -115,7 +113,7 @@ impl Agent {
                 tracing::warn!(container = id, "thaw: {e}");
             }
         }
-        let abandoned: Vec<_> = self.abandoned.lock().unwrap_or_else(PoisonError::into_inner).drain(..).collect();
+        let abandoned: Vec<_> = lock(&self.abandoned).drain(..).collect();
         for id in abandoned {
             tokio::spawn(Arc::clone(self).remove_abandoned(id));
         }
