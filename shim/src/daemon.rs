@@ -34,7 +34,7 @@ use crate::{
         socket, unwind,
     },
     log,
-    report::{self, Report},
+    report::Report,
     sandbox::{
         self, Identity,
         prepare::{self, Prepared},
@@ -96,7 +96,7 @@ pub fn main(flags: &Flags) -> ExitCode {
         Err(error) => return refuse(report, &format!("start async runtime: {error}")),
     };
     let report = Report::new(report);
-    report.say(report::READY);
+    report.say(vz_state::READY);
     let code = runtime.block_on(serve(identity, prepared, listener, report));
     // A thread that waits for a file system which hangs is not waited for.
     runtime.shutdown_background();

@@ -17,7 +17,7 @@ use containerd_shim_protos::{
 use tokio::sync::mpsc;
 use ttrpc::context;
 
-use crate::sync::lock;
+use vz_sys::sync::lock;
 
 /// First pause before the daemon is dialled again; there is no event that tells of its return.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);

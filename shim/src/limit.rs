@@ -5,45 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::sync::lock;
-
-/// The length of a window.
-const WINDOW: Duration = Duration::from_secs(10);
-
-/// So many lines in each window; more are counted.
-#[derive(Debug)]
-pub struct Limit {
-    most: u32,
-    state: Mutex<State>,
-}
-
-#[derive(Debug)]
-struct State {
-    since: Instant,
-    admitted: u32,
-    left_out: u64,
-}
-
-impl Limit {
-    /// For so many lines in ten seconds.
-    pub fn new(most: u32) -> Self {
-        Self { most, state: Mutex::new(State { since: Instant::now(), admitted: 0, left_out: 0 }) }
-    }
-
-    /// Whether one more line may be written, and how many were left out before it.
-    pub fn admit(&self) -> Option<u64> {
-        let mut state = lock(&self.state);
-        if state.since.elapsed() >= WINDOW {
-            (state.since, state.admitted) = (Instant::now(), 0);
-        }
-        if state.admitted >= self.most {
-            state.left_out = state.left_out.saturating_add(1);
-            return None;
-        }
-        state.admitted += 1;
-        Some(std::mem::take(&mut state.left_out))
-    }
-}
+use vz_sys::sync::lock;
 
 /// A bucket: `size` at once, `refill` a second after that.
 #[derive(Debug, Clone, Copy)]
@@ -128,14 +90,6 @@ impl Budget {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn what_is_over_the_limit_is_counted() {
-        let limit = Limit::new(2);
-        assert_eq!([limit.admit(), limit.admit(), limit.admit(), limit.admit()], [Some(0), Some(0), None, None]);
-        limit.state.lock().unwrap().since -= WINDOW;
-        assert_eq!([limit.admit(), limit.admit(), limit.admit()], [Some(2), Some(0), None]);
-    }
 
     /// What a guest gets through in this time if it never stops, in records and bytes.
     fn flood(record: u64, time: Duration) -> (u64, u64) {

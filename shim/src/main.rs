@@ -19,7 +19,6 @@ mod report;
 mod sandbox;
 mod service;
 mod spec;
-mod sync;
 
 fn main() -> ExitCode {
     let args: Vec<_> = env::args_os().collect();

@@ -7,11 +7,9 @@ use std::{
     sync::Mutex,
 };
 
-use crate::sync::lock;
+use vz_sys::sync::lock;
 
-/// What the daemon reports once its VM is on the way.
-pub const READY: &str = "ready\n";
-/// What it reports after that, once containerd has called: from then on containerd cleans up if the daemon dies.
+/// What the daemon reports after [`vz_state::READY`], once containerd has called: from then on containerd cleans up if the daemon dies.
 pub const KNOWN: &str = "known\n";
 
 /// The pipe to `start`, and to the watcher after it.

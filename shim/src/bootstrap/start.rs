@@ -28,7 +28,6 @@ use super::{
 use crate::{
     daemon,
     host::{journal::Journal, socket},
-    report,
 };
 
 /// How long the daemon of a sandbox may take to have its VM on the way. Installing a bundle takes a second of it.
@@ -115,7 +114,7 @@ fn spawn(options: &StartOptions, socket: &str, listener: UnixListener, bundle: &
     let mut pipe =
         child.stdout.take().ok_or_else(|| fail("read the daemon's report")(io::ErrorKind::BrokenPipe.into()))?;
     let why = match await_report(&mut pipe, START_DEADLINE).map_err(fail("read the daemon's report"))? {
-        Some(report) if report == report::READY => {
+        Some(report) if report == vz_state::READY => {
             let Err(error) = watcher::start(&options.namespace, &options.id, pipe.into()) else { return Ok(()) };
             child.kill().map_err(fail("kill the daemon"))?;
             let mut why = chain(&error);
@@ -172,8 +171,8 @@ fn await_report(from: &mut (impl Read + AsFd), deadline: Duration) -> io::Result
             0 => return Ok(Some(String::from_utf8_lossy(&said).into_owned())),
             count => said.extend(part.get(..count).unwrap_or_default()),
         }
-        if said == report::READY.as_bytes() {
-            return Ok(Some(report::READY.to_owned()));
+        if said == vz_state::READY.as_bytes() {
+            return Ok(Some(vz_state::READY.to_owned()));
         }
     }
 }
@@ -205,11 +204,11 @@ mod tests {
             said
         };
         let (short, long) = (Duration::from_millis(100), Duration::from_secs(30));
-        assert_eq!(said("echo ready", long).as_deref(), Some(report::READY));
+        assert_eq!(said("echo ready", long).as_deref(), Some(vz_state::READY));
         assert_eq!(said("exit 1", long).as_deref(), Some(""));
         assert_eq!(said("printf no; sleep 0.1; printf ' bundle'", long).as_deref(), Some("no bundle"));
         assert_eq!(said("exec sleep 1000", short), None);
-        assert_eq!(said("echo ready; exec sleep 1000", long).as_deref(), Some(report::READY));
+        assert_eq!(said("echo ready; exec sleep 1000", long).as_deref(), Some(vz_state::READY));
         // Other words are no end.
         assert_eq!(said("echo readily; exec sleep 1000", short), None);
     }

@@ -18,7 +18,7 @@ use containerd_shim_protos::api::CreateTaskRequest;
 use nix::unistd::Pid;
 use oci_spec::runtime::ContainerState;
 use vz_proto::CreateContainerRequest;
-use vz_sys::error::chain;
+use vz_sys::{error::chain, rate::Limit};
 
 use super::{
     Container, Error, Lent, Process, copyup,
@@ -40,7 +40,6 @@ use crate::{
         oom::Score,
         share::ReadOnly,
     },
-    limit::Limit,
     spec,
 };
 

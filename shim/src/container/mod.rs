@@ -16,13 +16,12 @@ use std::{
 
 use oci_spec::runtime::Hooks;
 use tokio::sync::watch;
+use vz_sys::{rate::Limit, sync::lock};
 
 use crate::{
     events::Publisher,
     guest::Guest,
     host::{Host, anchor::Anchor, disks::Disk, etc_files::EtcFiles, hooks::Context, journal::Resource},
-    limit::Limit,
-    sync::lock,
 };
 
 pub mod copyup;

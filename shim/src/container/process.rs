@@ -12,7 +12,7 @@ use super::{
     said::{Exit, Said},
     stdio::{Copies, Stdio},
 };
-use crate::sync::lock;
+use vz_sys::sync::lock;
 
 /// The state of a process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -25,7 +25,7 @@ use tokio::{
 use vz_sys::surroundings::Surroundings;
 
 use crate::container::logger::{self, Logger};
-use crate::sync::lock;
+use vz_sys::sync::lock;
 
 /// First and longest pause before a fifo is looked at again for output that its client has not read yet.
 const UNREAD_PAUSES: (Duration, Duration) = (Duration::from_millis(2), Duration::from_secs(1));

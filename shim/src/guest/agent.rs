@@ -4,11 +4,9 @@
 //! log records are limited in rate.
 
 use std::{
-    fs::File,
     future::Future,
-    io::Read,
     sync::Arc,
-    time::{Duration, Instant, SystemTime},
+    time::{Duration, Instant},
 };
 
 use containerd_shim_protos::protobuf::Message;
@@ -23,7 +21,7 @@ use ttrpc::{
     context::{self, Context},
     proto::MESSAGE_LENGTH_MAX,
 };
-use vz_proto::{AgentClient, Empty, Event, Hello, Welcome, frame};
+use vz_proto::{AgentClient, Empty, Event, Welcome, handshake};
 
 use super::{answers::Answers, error::Error, log::bounded};
 
@@ -70,28 +68,12 @@ pub struct Agent {
 /// Why the agent's connection is not used.
 #[derive(Debug, thiserror::Error)]
 pub enum HandshakeError {
-    /// A frame could not be read or written.
-    #[error("exchange hello with the guest agent")]
-    Frame(#[from] frame::Error),
-    /// It closed the connection.
-    #[error("the guest agent closed its connection without a hello")]
-    Closed,
+    /// What it said.
+    #[error(transparent)]
+    Hello(#[from] handshake::Error),
     /// It did not say hello in time.
     #[error("the guest agent said nothing for {} s", HANDSHAKE_DEADLINE.as_secs())]
     Timeout,
-    /// It is not the agent of the bundle.
-    #[error(
-        "the guest agent has version {found:?}, the guest bundle names {wanted:?}: build or install the bundle again"
-    )]
-    Version {
-        /// What it says.
-        found: String,
-        /// What version.json says.
-        wanted: String,
-    },
-    /// No entropy for the guest.
-    #[error("read entropy for the guest")]
-    Entropy(#[source] std::io::Error),
 }
 
 impl Agent {
@@ -104,22 +86,11 @@ impl Agent {
     /// Says hello on a new control connection, and takes it for all requests from now on.
     pub async fn connect(&self, mut stream: UnixStream, wanted: &str, hostname: &str) -> Result<(), HandshakeError> {
         let hello = timeout(HANDSHAKE_DEADLINE, async {
-            let hello: Hello = frame::read(&mut stream).await?.ok_or(HandshakeError::Closed)?;
-            if hello.agent_version != wanted {
-                return Err(HandshakeError::Version { found: hello.agent_version, wanted: wanted.to_owned() });
-            }
-            let mut seed = vec![0; 64];
-            File::open("/dev/urandom").and_then(|mut f| f.read_exact(&mut seed)).map_err(HandshakeError::Entropy)?;
-            let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-            let welcome = Welcome {
-                seed,
-                realtime_ns: u64::try_from(now.as_nanos()).unwrap_or_default(),
-                log_level: self.log_level.to_owned(),
-                hostname: hostname.to_owned(),
-                ..Default::default()
-            };
-            frame::write(&mut stream, &welcome).await?;
-            Ok(hello)
+            let hello = handshake::hello(&mut stream, wanted).await?;
+            let settings =
+                Welcome { log_level: self.log_level.to_owned(), hostname: hostname.to_owned(), ..Default::default() };
+            handshake::welcome(&mut stream, settings).await?;
+            Ok::<_, handshake::Error>(hello)
         })
         .await
         .map_err(|_| HandshakeError::Timeout)??;
@@ -302,10 +273,10 @@ mod tests {
         asynchronous::{Server, TtrpcContext, transport::Listener},
         get_status,
     };
-    use vz_proto::{Agent as Service, ContainerRequest, StatsResponse, create_agent};
+    use vz_proto::{Agent as Service, ContainerRequest, Hello, StatsResponse, create_agent, frame};
 
     use super::*;
-    use crate::sync::lock;
+    use vz_sys::sync::lock;
 
     const VERSION: &str = "1.2.3";
     const SOON: Duration = Duration::from_millis(50);
@@ -353,10 +324,15 @@ mod tests {
     #[tokio::test]
     async fn an_agent_of_the_bundle_is_connected_and_no_other() {
         let agent = link(SOON);
-        assert!(matches!(hello(&agent, "0.0.1").await, Err(HandshakeError::Version { found, .. }) if found == "0.0.1"));
+        assert!(
+            matches!(hello(&agent, "0.0.1").await, Err(HandshakeError::Hello(handshake::Error::Version { found, .. })) if found == "0.0.1")
+        );
         let (ours, guest) = UnixStream::pair().unwrap();
         drop(guest);
-        assert!(matches!(agent.connect(ours, VERSION, "host").await, Err(HandshakeError::Closed)));
+        assert!(matches!(
+            agent.connect(ours, VERSION, "host").await,
+            Err(HandshakeError::Hello(handshake::Error::Closed))
+        ));
         assert!(agent.is_free().await);
         let _guest = hello(&agent, VERSION).await.unwrap();
         assert!(!agent.is_free().await);

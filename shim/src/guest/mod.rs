@@ -1,8 +1,6 @@
 //! The guest's side of a sandbox: its VM, and the agent that answers in it.
 
 use std::{
-    fs::File,
-    io::Read,
     sync::atomic::{AtomicBool, Ordering},
     time::Duration,
 };
@@ -68,17 +66,10 @@ impl Guest {
 
     /// Connects a stream for a process that the agent is about to be asked for, under a token that names it.
     pub async fn open_stream(&self) -> Result<(String, UnixStream), Error> {
-        let token = token().map_err(|e| Error::Stream(frame::Error::from(e)))?;
+        let token = frame::new_token().map_err(|e| Error::Stream(e.into()))?;
         let mut stream = self.vmm.dial(STREAM_PORT, self.deadlines.request).await?;
         // Fits into the socket's buffer, whether the guest reads or not.
         frame::write_token(&mut stream, &token).await.map_err(Error::Stream)?;
         Ok((token, stream))
     }
-}
-
-/// A name that nobody in the guest can guess.
-fn token() -> std::io::Result<String> {
-    let mut bytes = [0u8; frame::TOKEN_LEN / 2];
-    File::open("/dev/urandom")?.read_exact(&mut bytes)?;
-    Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
 }

@@ -32,7 +32,7 @@ use vz_machine::{
 use vz_sys::{channel::Channel, process::Process};
 
 use crate::host::{cgroup::Cgroup, oom::Score};
-use crate::sync::lock;
+use vz_sys::sync::lock;
 
 /// Guest-made connections that wait to be taken up.
 const ACCEPTED_QUEUE: usize = 16;

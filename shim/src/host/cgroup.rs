@@ -25,10 +25,7 @@ use nix::{
 use oci_spec::runtime::{LinuxCpu, Spec};
 use vz_sys::process::Handle;
 
-use super::{
-    journal::{self, Journal, Resource},
-    process,
-};
+use super::journal::{self, Journal, Resource};
 
 /// Controllers that are of use here; on a host with cgroup v1 each has a hierarchy of its own.
 const CONTROLLERS: [&str; 4] = ["memory", "cpu", "cpuacct", "pids"];
@@ -227,7 +224,7 @@ pub fn remove(path: &Path, deadline: Instant) -> io::Result<()> {
 /// Waits until a cgroup may have become empty, or until the deadline.
 fn await_change(path: &Path, members: &[Handle], deadline: Instant) -> io::Result<()> {
     for member in members {
-        if !process::wait(member, deadline)? {
+        if !member.ends(deadline)? {
             return Ok(());
         }
     }

@@ -42,7 +42,7 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-use crate::limit::Limit;
+use vz_sys::rate::Limit;
 
 /// Where containers have these files.
 pub const PATHS: [&str; 3] = ["/etc/hosts", "/etc/resolv.conf", "/etc/hostname"];

@@ -10,75 +10,12 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use serde::{Deserialize, Serialize};
+use vz_state::Line;
+pub use vz_state::{Resource, SHIM};
+use vz_sys::process::Identity;
 
-use super::process::{is_alive, start_time};
-
-/// Where all sandboxes keep their state; a tmpfs on every host that has systemd.
-pub const STATE_ROOT: &str = "/run/vz";
-pub const FILE: &str = "journal";
-/// The role of the shim's own process.
-pub const SHIM: &str = "shim";
 /// Times that a directory is made again which somebody else removes: each time another sandbox has ended.
 const MAKE_TRIES: usize = 100;
-
-/// Something that a sandbox owns.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "kind", rename_all = "snake_case")]
-pub enum Resource {
-    /// A process; `start_time` tells it from a later one with its pid.
-    Process {
-        /// What it is, for people.
-        role: String,
-        /// Its pid on the host.
-        pid: i32,
-        /// Field 22 of /proc/PID/stat.
-        start_time: u64,
-    },
-    /// A hook that runs: what it does must be done before its counterpart undoes it.
-    Hook {
-        /// Its pid on the host.
-        pid: i32,
-        /// Field 22 of /proc/PID/stat.
-        start_time: u64,
-    },
-    /// A unix socket.
-    Socket {
-        /// Its path.
-        path: PathBuf,
-        /// Its inode, by which it is told from a later one at the same path.
-        #[serde(default, skip_serializing_if = "Option::is_none")]
-        inode: Option<u64>,
-    },
-    /// A directory of a cgroup.
-    Cgroup {
-        /// Its path.
-        path: PathBuf,
-    },
-    /// The redirection of a link's packets, in a network namespace that outlives the sandbox.
-    Redirect {
-        /// Where the namespace is.
-        netns: PathBuf,
-        /// The link's index.
-        index: u32,
-        /// The link's name.
-        link: String,
-    },
-    /// poststop hooks of a container that are still to be run.
-    Poststop {
-        /// The container's id.
-        id: String,
-        /// Its bundle, with the config.json that names them.
-        bundle: PathBuf,
-    },
-}
-
-#[derive(Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-enum Line {
-    Made(Resource),
-    Gone(Resource),
-}
 
 /// Why something could not be written down or taken away.
 #[derive(Debug, thiserror::Error)]
@@ -113,9 +50,9 @@ pub struct Journal {
 }
 
 impl Journal {
-    /// The state directory of a sandbox. Both names are checked by containerd to be free of `/`.
+    /// The state directory of a sandbox. containerd checks that both names are free of `/`.
     pub fn dir(namespace: &str, id: &str) -> PathBuf {
-        Path::new(STATE_ROOT).join(namespace).join(id)
+        vz_state::dir(namespace, id)
     }
 
     /// Makes the state directory and an empty journal in it. What an earlier sandbox with this name has left behind
@@ -124,7 +61,7 @@ impl Journal {
         let state = |action| move |source| Error::State { action, path: dir.to_owned(), source };
         let make = || {
             fs::DirBuilder::new().recursive(true).mode(0o711).create(dir).map_err(|e| ("make state directory", e))?;
-            let path = dir.join(FILE);
+            let path = dir.join(vz_state::JOURNAL);
             OpenOptions::new().append(true).create_new(true).open(path).map_err(|e| ("create journal in", e))
         };
         let mut tries = 0;
@@ -147,7 +84,7 @@ impl Journal {
 
     fn open(dir: &Path) -> Result<Option<Self>, Error> {
         let state = |source| Error::State { action: "open journal in", path: dir.to_owned(), source };
-        match OpenOptions::new().append(true).open(dir.join(FILE)) {
+        match OpenOptions::new().append(true).open(dir.join(vz_state::JOURNAL)) {
             Ok(file) => Ok(Some(Self { dir: dir.to_owned(), file })),
             Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(e) => Err(state(e)),
@@ -171,7 +108,8 @@ impl Journal {
 
     /// Writes down a running process.
     pub fn process(&self, role: &str, pid: i32) -> Result<Resource, Error> {
-        let start_time = start_time(pid).map_err(|source| Error::Process { role: role.to_owned(), pid, source })?;
+        let Identity { start_time, .. } =
+            Identity::of(pid).map_err(|source| Error::Process { role: role.to_owned(), pid, source })?;
         let resource = Resource::Process { role: role.to_owned(), pid, start_time };
         self.made(resource.clone())?;
         Ok(resource)
@@ -179,7 +117,8 @@ impl Journal {
 
     /// Writes down a hook that has been started, and is told to begin after this.
     pub fn hook(&self, pid: i32) -> Result<Resource, Error> {
-        let start_time = start_time(pid).map_err(|source| Error::Process { role: "hook".into(), pid, source })?;
+        let Identity { start_time, .. } =
+            Identity::of(pid).map_err(|source| Error::Process { role: "hook".into(), pid, source })?;
         let resource = Resource::Hook { pid, start_time };
         self.made(resource.clone())?;
         Ok(resource)
@@ -197,7 +136,7 @@ impl Journal {
         let living = |resource| match resource {
             Resource::Process { role, pid, start_time: then } if role == SHIM => {
                 // One that has ended, and has only not been waited for, is not living.
-                is_alive(pid, then).then_some(pid)
+                Identity { pid, start_time: then }.is_alive().then_some(pid)
             }
             _ => None,
         };
@@ -214,23 +153,16 @@ pub fn append(dir: &Path, gone: Vec<Resource>) -> Result<(), Error> {
     gone.into_iter().try_for_each(|resource| journal.gone(resource))
 }
 
+/// What the sandbox in `dir` owns, in the order in which it was made; nothing if there is no journal.
 pub fn read(dir: &Path) -> Result<Vec<Resource>, Error> {
-    let path = dir.join(FILE);
-    let text = match fs::read(&path) {
-        Ok(bytes) => String::from_utf8_lossy(&bytes).into_owned(),
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(source) => return Err(Error::State { action: "read", path, source }),
+    // The last line may be cut short by a full disk or a kill; what it announced was then never made.
+    let unreadable = |error: &serde_json::Error| {
+        tracing::warn!(%error, path = %dir.display(), "journal line is unreadable");
     };
-    let mut made = Vec::new();
-    for line in text.lines().filter(|line| !line.is_empty()) {
-        match serde_json::from_str(line) {
-            Ok(Line::Made(resource)) => made.push(resource),
-            Ok(Line::Gone(resource)) => made.retain(|r| *r != resource),
-            // The last line may be cut short by a full disk or a kill; what it announced was then never made.
-            Err(error) => tracing::warn!(%error, path = %path.display(), "journal line is unreadable"),
-        }
+    match vz_state::read(dir, unreadable) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        other => other.map_err(|source| Error::State { action: "read journal in", path: dir.to_owned(), source }),
     }
-    Ok(made)
 }
 
 #[cfg(test)]
@@ -252,18 +184,11 @@ mod tests {
         assert_eq!(Journal::living_shim(&dir).unwrap(), Some(pid));
         child.kill().unwrap();
         // A zombie by now or soon, until it is waited for.
-        while is_alive(pid, start_time(pid).unwrap()) {
+        while Identity::of(pid).unwrap().is_alive() {
             std::thread::yield_now();
         }
         assert_eq!(Journal::living_shim(&dir).unwrap(), None);
         child.wait().unwrap();
         assert_eq!(Journal::living_shim(&dir).unwrap(), None);
-    }
-
-    #[test]
-    fn a_journal_of_the_version_before_is_read() {
-        let old = r#"{"made":{"kind":"socket","path":"/s"}}"#;
-        let Line::Made(resource) = serde_json::from_str(old).unwrap() else { panic!() };
-        assert_eq!(resource, Resource::Socket { path: "/s".into(), inode: None });
     }
 }

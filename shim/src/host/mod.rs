@@ -17,7 +17,6 @@ pub mod mounts;
 pub mod network;
 pub mod offload;
 pub mod oom;
-pub mod process;
 pub mod share;
 pub mod socket;
 pub mod unwind;

@@ -26,7 +26,7 @@ use vz_net::{netns::Netns, watch::Watch, wire, wire::Wiring};
 
 use super::journal::{self, Journal, Resource};
 use crate::spec;
-use crate::sync::lock;
+use vz_sys::sync::lock;
 
 /// As many cards as every machine has room for.
 const MOST_CARDS: usize = 4;

@@ -13,7 +13,7 @@ use std::{
 
 use tokio::{sync::oneshot, time::timeout};
 
-use crate::sync::lock;
+use vz_sys::sync::lock;
 
 /// Bytes of a thread's stack; paths and mount options are on the heap.
 const STACK: usize = 256 << 10;

@@ -45,7 +45,7 @@ use super::{
     mirror::Volume,
     mounts::{self, HARMLESS, open_source},
 };
-use crate::sync::lock;
+use vz_sys::sync::lock;
 
 /// Name of a container's root file system in its directory.
 pub const ROOTFS: &str = "rootfs";

@@ -23,8 +23,6 @@ use nix::{
     sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket},
 };
 
-use super::journal::STATE_ROOT;
-
 /// Held by one process of the host at a time, for a few system calls, none of which waits.
 ///
 /// It is vz's own directory that is locked. The socket's belongs to whoever calls the shim, and may be locked by them
@@ -32,7 +30,7 @@ use super::journal::STATE_ROOT;
 fn lock() -> io::Result<Flock<File>> {
     let temporary = std::env::temp_dir();
     // Unit tests need not be root.
-    let dir = if cfg!(test) { temporary.as_path() } else { Path::new(STATE_ROOT) };
+    let dir = if cfg!(test) { temporary.as_path() } else { Path::new(vz_state::ROOT) };
     fs::create_dir_all(dir)?;
     Flock::lock(File::open(dir)?, FlockArg::LockExclusive).map_err(|(_, errno)| errno.into())
 }

@@ -15,12 +15,12 @@ use nix::{
     mount::{MntFlags, umount2},
 };
 use vz_net::netns::Netns;
-use vz_sys::error::chain;
+use vz_sys::{error::chain, process::Identity};
 
 use super::{
     cgroup,
-    journal::{self, Resource, SHIM, STATE_ROOT},
-    process, socket,
+    journal::{self, Resource, SHIM},
+    socket,
 };
 
 /// How long a hook may go on after its shim.
@@ -145,7 +145,9 @@ fn take_away(resource: &Resource, deadline: Instant, poststop: &mut impl FnMut(&
         Resource::Process { role, pid, start_time } => kill(role, *pid, *start_time, deadline),
         Resource::Cgroup { path } => remove(path, |path| cgroup::remove(&path, deadline)),
         Resource::Hook { pid, start_time } => {
-            match process::ends(*pid, *start_time, Instant::now() + HOOK_DEADLINE).map_err(failed("hook", *pid))? {
+            match ends(Identity { pid: *pid, start_time: *start_time }, Instant::now() + HOOK_DEADLINE)
+                .map_err(failed("hook", *pid))?
+            {
                 true => Ok(()),
                 false => kill("hook", *pid, *start_time, deadline.max(Instant::now() + EACH)),
             }
@@ -177,7 +179,7 @@ fn empty(dir: &Path, failures: &mut Vec<Error>) {
                     Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => remove(&path, fs::remove_dir),
                     Err(e) => Err(Error::State { action: "unmount", path, source: e.into() }),
                 }
-            } else if path.file_name().is_some_and(|name| name != journal::FILE) {
+            } else if path.file_name().is_some_and(|name| name != vz_state::JOURNAL) {
                 remove(&path, fs::remove_file)
             } else {
                 Ok(())
@@ -189,10 +191,10 @@ fn empty(dir: &Path, failures: &mut Vec<Error>) {
 
 /// Removes an empty state directory with its journal.
 fn remove_directory(dir: &Path) -> Result<(), Error> {
-    remove(&dir.join(journal::FILE), fs::remove_file)?;
+    remove(&dir.join(vz_state::JOURNAL), fs::remove_file)?;
     remove(dir, fs::remove_dir)?;
     // The namespace's directory stays while others use it.
-    if let Some(parent) = dir.parent().filter(|parent| *parent != Path::new(STATE_ROOT)) {
+    if let Some(parent) = dir.parent().filter(|parent| *parent != Path::new(vz_state::ROOT)) {
         match fs::remove_dir(parent) {
             Ok(()) => {}
             Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::DirectoryNotEmpty) => {}
@@ -202,9 +204,25 @@ fn remove_directory(dir: &Path) -> Result<(), Error> {
     Ok(())
 }
 
-/// Kills a process and waits until it is gone.
+/// Kills a process and waits until it is gone. The caller itself is left alone.
 fn kill(role: &str, pid: i32, start_time: u64, deadline: Instant) -> Result<(), Error> {
-    process::kill(pid, start_time, deadline).map_err(failed(role, pid))
+    let process = Identity { pid, start_time };
+    if Identity::this().is_ok_and(|this| this == process) {
+        return Ok(());
+    }
+    match process.kill(deadline) {
+        Ok(true) => Ok(()),
+        Ok(false) => {
+            let why = io::Error::new(io::ErrorKind::TimedOut, "it has been killed and does not end");
+            Err(failed(role, pid)(why))
+        }
+        Err(error) => Err(failed(role, pid)(error)),
+    }
+}
+
+/// Whether a process ends, or has ended, in time.
+fn ends(process: Identity, deadline: Instant) -> io::Result<bool> {
+    process.hold()?.map_or(Ok(true), |handle| handle.ends(deadline))
 }
 
 fn failed(role: &str, pid: i32) -> impl FnOnce(io::Error) -> Error {
@@ -367,6 +385,6 @@ mod tests {
 
     /// For what no journal writes.
     fn journal_file(dir: &Path) -> fs::File {
-        fs::OpenOptions::new().append(true).open(dir.join(journal::FILE)).unwrap()
+        fs::OpenOptions::new().append(true).open(dir.join(vz_state::JOURNAL)).unwrap()
     }
 }

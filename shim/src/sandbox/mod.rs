@@ -14,12 +14,11 @@ use containerd_shim_protos::{
     events::task::{TaskCreate, TaskIO},
 };
 use tokio::sync::Notify;
-use vz_sys::error::chain;
+use vz_sys::{error::chain, sync::lock};
 
 use crate::{
     container::{self, Container, Exit, Lent, Process, State, create},
     host::{self, disks::Disk, hooks, unwind},
-    sync::lock,
 };
 
 pub mod error;

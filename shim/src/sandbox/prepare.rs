@@ -8,8 +8,8 @@ use std::{
 };
 
 use vz_config::Config;
-use vz_linux::{Bundle, KernelProfile};
-use vz_machine::control::{BootConfig, MachineChoice};
+use vz_linux::Bundle;
+use vz_machine::control::BootConfig;
 use vz_proto::{CONTROL_PORT, LOG_PORT, SHARE_TAG};
 use vz_sys::surroundings::Surroundings;
 
@@ -57,11 +57,8 @@ pub fn prepare(
     let begun = Instant::now();
     let spec = spec::read(&identity.bundle)?;
     let config = config.annotate(&spec::annotations(&spec), shape::host())?;
-    let profile = match config.linux_profile {
-        vz_config::LinuxProfile::Container => KernelProfile::Container,
-        vz_config::LinuxProfile::Developer => KernelProfile::Developer,
-    };
-    let guest_bundle = vz_linux::find_or_install(config.guest_bundle(), profile).map_err(Error::FindBundle)?;
+    let guest_bundle =
+        vz_linux::find_or_install(config.guest_bundle(), config.linux_profile).map_err(Error::FindBundle)?;
     let version = Bundle::describe(&guest_bundle).map_err(Error::OpenBundle)?;
     let shape = Shape::of(&config, &spec, &identity.id);
     let share = Share::create(journal.path().join("share"))?;
@@ -70,11 +67,7 @@ pub fn prepare(
     let (disks, disk_files) = disks::open(&found)?;
     let boot = BootConfig {
         sandbox: format!("{}/{}", identity.namespace, identity.id),
-        machine: match config.machine {
-            vz_config::Machine::Auto => MachineChoice::Auto,
-            vz_config::Machine::Kvm => MachineChoice::Kvm,
-            vz_config::Machine::Qemu => MachineChoice::Qemu,
-        },
+        machine: config.machine,
         nics: cards.nics,
         disks,
         vcpus: shape.vcpus,

@@ -21,14 +21,14 @@ use vz_machine::{
     verdict::{self, Consequence, Host},
 };
 use vz_proto::{CONTROL_PORT, Event, LOG_PORT, event};
-use vz_sys::error::chain;
+use vz_sys::{error::chain, rate::Limit};
 
 use super::Sandbox;
 use crate::{
     container::{Exit, exits::Lack, said::Verdict},
     guest::{log, vmm::Notice},
     host::cgroup::Cgroup,
-    limit::{Budget, Limit},
+    limit::Budget,
 };
 
 /// Lines in ten seconds about what a guest should not do.

@@ -68,7 +68,7 @@ fn qemu_is_killed_while_running(lab: &Lab) -> Verdict {
     killed_while_running(lab, Role::Qemu)
 }
 
-fn needs_qemu(lab: &Lab) -> Verdict {
+pub(crate) fn needs_qemu(lab: &Lab) -> Verdict {
     lab.vz_only()?;
     let task = Task::start(lab, "qemu", &[], BUSYBOX, &["sleep", "1000"]);
     match find(&task.id, Role::Qemu) {

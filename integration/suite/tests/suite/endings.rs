@@ -10,7 +10,7 @@ use std::{
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use vz_suite::{
-    Lab, Skip, Verdict,
+    Lab, Verdict,
     container::{Container, Task},
     events::{Recorder, story},
     host::{Role, await_process, find},
@@ -18,6 +18,8 @@ use vz_suite::{
     poll::{patiently, until},
     tests,
 };
+
+use crate::crash::needs_qemu;
 
 tests![
     a_stopped_vmm_is_ended,
@@ -41,14 +43,14 @@ fn stop(pid: i32) {
 
 /// Stops something of a running container, under ctr and under nerdctl: each is removed in time, its end told once and
 /// last, and another container does not notice.
-fn ends_although(lab: &Lab, stopped: impl Fn(&str) -> Result<(), Skip>) -> Verdict {
+fn ends_although(lab: &Lab, stopped: impl Fn(&str)) -> Verdict {
     lab.vz_only()?;
     let other = Task::start(lab, "other", &[], BUSYBOX, &["sleep", "1000"]);
     let events = Recorder::start(lab);
     let task = Task::start(lab, "stopped", &[], BUSYBOX, &["sleep", "1000"]);
     let client = task.exec(&["sh", "-c", "echo up; sleep 999"]).start();
     client.expect("up");
-    stopped(&task.id)?;
+    stopped(&task.id);
     let begun = Instant::now();
     lab.ctr(&["task", "rm", "-f", &task.id]).run();
     let by_ctr = begun.elapsed();
@@ -62,7 +64,7 @@ fn ends_although(lab: &Lab, stopped: impl Fn(&str) -> Result<(), Skip>) -> Verdi
     assert_eq!((told.len() - exec, &told[exec + 1..]), (3, &["exit".to_owned(), "delete".to_owned()][..]), "{told:?}");
 
     let container = Container::start(lab, "stopped", &[BUSYBOX, "sleep", "1000"]);
-    stopped(&container.id)?;
+    stopped(&container.id);
     let begun = Instant::now();
     container.remove();
     let by_nerdctl = begun.elapsed();
@@ -80,27 +82,18 @@ fn ends_although(lab: &Lab, stopped: impl Fn(&str) -> Result<(), Skip>) -> Verdi
 }
 
 fn a_stopped_vmm_is_ended(lab: &Lab) -> Verdict {
-    ends_although(lab, |id| {
-        stop(await_process(id, Role::Vmm).pid);
-        Ok(())
-    })
-}
-
-fn qemu(id: &str) -> Result<i32, Skip> {
-    find(id, Role::Qemu).map(|process| process.pid).ok_or_else(|| Skip("the machine is not QEMU".into()))
+    ends_although(lab, |id| stop(await_process(id, Role::Vmm).pid))
 }
 
 fn a_stopped_qemu_is_ended(lab: &Lab) -> Verdict {
-    ends_although(lab, |id| {
-        stop(qemu(id)?);
-        Ok(())
-    })
+    needs_qemu(lab)?;
+    ends_although(lab, |id| stop(await_process(id, Role::Qemu).pid))
 }
 
 /// All threads but the first one of the process that has the vCPUs. The kernel stops the whole process with them.
 fn stopped_vcpus_are_ended(lab: &Lab) -> Verdict {
     ends_although(lab, |id| {
-        let pid = qemu(id).unwrap_or_else(|_| await_process(id, Role::Vmm).pid);
+        let pid = find(id, Role::Qemu).unwrap_or_else(|| await_process(id, Role::Vmm)).pid;
         for entry in fs::read_dir(format!("/proc/{pid}/task")).expect("list threads").flatten() {
             let tid: i32 = entry.file_name().to_string_lossy().parse().expect("a thread's id is a number");
             if tid != pid {
@@ -108,7 +101,6 @@ fn stopped_vcpus_are_ended(lab: &Lab) -> Verdict {
                 stop(tid);
             }
         }
-        Ok(())
     })
 }
 
@@ -130,7 +122,7 @@ fn a_vmm_that_is_stopped_during_a_creation_is_ended(lab: &Lab) -> Verdict {
 }
 
 /// A logging program that is a shell's script.
-fn logger(dir: &Path, script: &str) -> String {
+pub(crate) fn logger(dir: &Path, script: &str) -> String {
     let path = dir.join("logger");
     fs::write(&path, format!("#!/bin/sh\n{script}\n")).expect("write a program");
     fs::set_permissions(&path, PermissionsExt::from_mode(0o755)).expect("make it one");
