@@ -9,7 +9,8 @@ use std::{
 
 use vz_sys::sync::lock;
 
-/// What the daemon reports after [`vz_state::READY`], once containerd has called: from then on containerd cleans up if the daemon dies.
+/// What the daemon reports after [`vz_state::READY`], once containerd has called: from then on containerd cleans up if
+/// the daemon dies.
 pub const KNOWN: &str = "known\n";
 
 /// The pipe to `start`, and to the watcher after it.

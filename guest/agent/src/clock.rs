@@ -33,9 +33,9 @@ pub fn agent_cpu_ns(first: &Moment) -> u64 {
     init.saturating_sub(first.cpu_ns).saturating_add(now(ClockId::CLOCK_PROCESS_CPUTIME_ID))
 }
 
-/// Nanoseconds since the kernel's start, and the time-stamp counter at the same moment. Whoever learns the counter's rate
-/// from two of these stretches it over the whole boot, and with it each time that the processor was away between the
-/// readings: they are the closest of several.
+/// Nanoseconds since the kernel's start, and the time-stamp counter at the same moment. Whoever learns the counter's
+/// rate from two of these stretches it over the whole boot, and with it each time that the processor was away between
+/// the readings: they are the closest of several.
 pub fn uptime() -> (u64, u64) {
     vz_sys::tsc::Sample::take().map_or((0, 0), |sample| (sample.nanos, sample.count))
 }

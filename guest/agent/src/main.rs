@@ -1,12 +1,12 @@
 //! The guest's PID 1.
 //!
 //! It mounts what a Linux system needs, moves into an overlayfs over the initramfs, and stays: single-threaded, the
-//! reaper of every orphan and the only process that forks. What it forks is the [`server`], which talks to the shim, and
-//! one short-lived [`container`] worker for each call of libcontainer. The table of containers and their stdio lives in
-//! [`init`], so that a server that dies is started again and no container notices.
+//! reaper of every orphan and the only process that forks. What it forks is the [`server`], which talks to the shim,
+//! and one short-lived [`container`] worker for each call of libcontainer. The table of containers and their stdio
+//! lives in [`init`], so that a server that dies is started again and no container notices.
 //!
-//! Threat: containers of this VM are hostile to the agent, and the agent trusts the host. Nothing here may panic on what
-//! a container did; a PID 1 that cannot go on says so on the console and ends the VM.
+//! Threat: containers of this VM are hostile to the agent, and the agent trusts the host. Nothing here may panic on
+//! what a container did; a PID 1 that cannot go on says so on the console and ends the VM.
 
 #![deny(
     clippy::unwrap_used,

@@ -48,8 +48,8 @@ VM's process.";
 
 /// Boots a guest bundle again and again, and says where the time goes.
 ///
-/// The VM is started the way the shim starts those of containers: in a confined process, on the machine that this host can
-/// run.
+/// The VM is started the way the shim starts those of containers: in a confined process, on the machine that this host
+/// can run.
 #[derive(Debug, Parser)]
 #[command(name = "vz-linux-bench", version, max_term_width = 100, after_long_help = AFTER)]
 pub struct Args {
@@ -89,14 +89,14 @@ pub struct Args {
     pub guest_logs: Option<usize>,
     /// Run this in the guest after each boot, and print what it says, to standard error.
     ///
-    /// With BusyBox's shell, in a container that may read the kernel's log; with --rootfs-dir, in that root file system. A
-    /// command that fails is told of and is no failure of the boot.
+    /// With BusyBox's shell, in a container that may read the kernel's log; with --rootfs-dir, in that root file
+    /// system. A command that fails is told of and is no failure of the boot.
     #[arg(long, value_name = "COMMAND")]
     pub guest_log_command: Option<String>,
     /// Fetch this URL in the guest after each boot, with BusyBox's wget.
     ///
-    /// The guest gets a network card and reaches the URL's host through this program, and nothing else: a redirection to
-    /// another host fails. An address in place of the host's name, or localhost, is that of this host's network; the
+    /// The guest gets a network card and reaches the URL's host through this program, and nothing else: a redirection
+    /// to another host fails. An address in place of the host's name, or localhost, is that of this host's network; the
     /// guest then asks for it by another one. Attempts that fail are repeated for as long as the boot may take.
     #[arg(long, value_name = "URL", conflicts_with = "rootfs_dir")]
     pub http_smoke_url: Option<Url>,
@@ -105,8 +105,8 @@ pub struct Args {
     pub retry_log_every: NonZeroU32,
     /// Boot into this root file system instead of the agent.
     ///
-    /// The directory, without what is mounted below it, is shared as virtiofs, tag rootfs; init mounts it below an overlay that takes what is written, and runs
-    /// a first program in it by chroot.
+    /// The directory, without what is mounted below it, is shared as virtiofs, tag rootfs; init mounts it below an
+    /// overlay that takes what is written, and runs a first program in it by chroot.
     #[arg(long, value_name = "DIR")]
     pub rootfs_dir: Option<PathBuf>,
     /// BusyBox for the guest, static.

@@ -162,7 +162,8 @@ impl Workshop {
         self.dir.path().join(name)
     }
 
-    /// A directory for a VM's share: an empty one, or the root file system. A shared mount, as the vmm process wants it.
+    /// A directory for a VM's share: an empty one, or the root file system. A shared mount, as the vmm process wants
+    /// it.
     fn share(&self, rootfs: Option<&Path>) -> Result<PathBuf, Error> {
         const NONE: Option<&str> = None;
         let share = self.path("share");
@@ -234,7 +235,8 @@ pub async fn boot(workshop: &Workshop, subject: &Subject, plan: &Plan) -> Result
             to_hello(&mut vm, subject, plan, wire.as_ref(), begun).await
         }
     };
-    // The vmm keeps the deadline itself from when it has started the machine, and says more about it. This is for one that does not.
+    // The vmm keeps the deadline itself from when it has started the machine, and says more about it. This is for one
+    // that does not.
     let limit = plan.timeout.saturating_add(SLACK);
     tokio::time::timeout(limit, run).await.map_err(|_| Error::Timeout(plan.timeout))?
 }

@@ -1,6 +1,6 @@
-//! A network for the fetch of a URL: a card of the guest's, whose other end is in a network namespace of its own, where one
-//! TCP port is listened to. What connects to it is connected to the URL's host from here. So the guest reaches this one
-//! host, whatever this host's network and firewall are, and nothing else; the host's network is not touched.
+//! A network for the fetch of a URL: a card of the guest's, whose other end is in a network namespace of its own, where
+//! one TCP port is listened to. What connects to it is connected to the URL's host from here. So the guest reaches this
+//! one host, whatever this host's network and firewall are, and nothing else; the host's network is not touched.
 
 use std::{
     io,

@@ -1,9 +1,9 @@
 //! From the guest's time stamps to the parts of a boot.
 //!
-//! Three clocks are involved. The *counter* (time-stamp counter) starts at 0 with the machine. The *kernel's clock* starts
-//! when the kernel has found out how fast the counter is, and goes with it from there: it stamps the lines of the kernel's
-//! log, and is what the agent reads. The *host's* clock is only used for what is outside of the guest. With instructions
-//! counted, guest clocks advance by one nanosecond with each instruction.
+//! Three clocks are involved. The *counter* (time-stamp counter) starts at 0 with the machine. The *kernel's clock*
+//! starts when the kernel has found out how fast the counter is, and goes with it from there: it stamps the lines of
+//! the kernel's log, and is what the agent reads. The *host's* clock is only used for what is outside of the guest.
+//! With instructions counted, guest clocks advance by one nanosecond with each instruction.
 
 use serde::Serialize;
 use vz_proto::{Hello, LogRecord};

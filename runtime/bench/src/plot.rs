@@ -1,5 +1,5 @@
-//! The boots as a drawing: above, when what happens in the median boot; below, how far single boots are apart. Written by
-//! hand: rectangles, lines and text are all it takes.
+//! The boots as a drawing: above, when what happens in the median boot; below, how far single boots are apart. Written
+//! by hand: rectangles, lines and text are all it takes.
 
 use std::fmt::Write as _;
 

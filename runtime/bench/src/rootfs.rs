@@ -1,5 +1,5 @@
-//! Booting a root file system of the host's: a directory, shared with the guest as `rootfs`, below an overlay that takes
-//! what is written, entered by chroot. Init is a script of BusyBox's; what it has to say comes over the console.
+//! Booting a root file system of the host's: a directory, shared with the guest as `rootfs`, below an overlay that
+//! takes what is written, entered by chroot. Init is a script of BusyBox's; what it has to say comes over the console.
 
 use crate::{
     phases::{Line, mark},
@@ -47,7 +47,8 @@ pub fn kernel_argument() -> String {
 
 /// The script. It runs `command` in the root file system, with its shell or, where it has none, BusyBox's.
 pub fn init(command: Option<&str>) -> String {
-    // The command is in a file of its own, so that its quotes are its own business. A link to the shell may be absolute.
+    // The command is in a file of its own, so that its quotes are its own business. A link to the shell may be
+    // absolute.
     let command = command.map_or(String::new(), |_| {
         format!(
             "shell='/.vz-linux-bench/sh'\n\

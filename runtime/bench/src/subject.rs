@@ -131,8 +131,8 @@ fn make(kernel: &Path, lender: &Bundle, more: &[u8], work: &Path) -> Result<Path
     Ok(work.to_owned())
 }
 
-/// The archive that brings BusyBox into a guest, as the root file system of a container, `/vz-bench`: all its programs in
-/// `bin`, `hosts` as its /etc/hosts, and `files` (path in there, mode, content) besides.
+/// The archive that brings BusyBox into a guest, as the root file system of a container, `/vz-bench`: all its programs
+/// in `bin`, `hosts` as its /etc/hosts, and `files` (path in there, mode, content) besides.
 pub fn busybox(program: &Path, hosts: &str, files: &[(&str, u32, &str)]) -> Result<Vec<u8>, Error> {
     let content = fs::read(program).map_err(file("read", program))?;
     if !is_static(&content) {

@@ -10,8 +10,8 @@ use crate::oci::args as oci;
 
 /// Containers in microVMs: runs OCI bundles, checks this host, and shows what runs on it.
 ///
-/// With containerd, containers are run by its clients (ctr, nerdctl, crictl) and the runtime io.containerd.vz.v2. Without
-/// it, by `vz run`, and by whatever calls runc: the command line is the same (podman --runtime).
+/// With containerd, containers are run by its clients (ctr, nerdctl, crictl) and the runtime io.containerd.vz.v2.
+/// Without it, by `vz run`, and by whatever calls runc: the command line is the same (podman --runtime).
 #[derive(Debug, Parser)]
 #[command(name = "vz", version, max_term_width = 100)]
 pub struct Args {
@@ -28,8 +28,8 @@ pub struct Args {
 pub enum Command {
     /// Say whether containers can run on this host, in which machine, and what to do if they cannot.
     ///
-    /// The exit status is 0 if they can, 1 if they cannot, 2 if the command line is wrong. The configuration and the guest
-    /// bundle are those that containerd's environment would name: VZ_CONFIG and VZ_LINUX_DIR are read here too.
+    /// The exit status is 0 if they can, 1 if they cannot, 2 if the command line is wrong. The configuration and the
+    /// guest bundle are those that containerd's environment would name: VZ_CONFIG and VZ_LINUX_DIR are read here too.
     Check {
         /// Try KVM with a small guest even if the result of an earlier try is known, and remember the new one.
         #[arg(long)]
@@ -119,8 +119,8 @@ pub enum System {
     /// Linux: a kernel, an initramfs with the agent, and youki.
     ///
     /// Bundles are looked for in $VZ_LINUX_DIR, or where that is not set in ~/.vz/linux, /usr/local/share/vz/linux,
-    /// /usr/share/vz/linux and /var/lib/vz/linux: each has a directory for each profile, or is a bundle itself. The first one
-    /// counts.
+    /// /usr/share/vz/linux and /var/lib/vz/linux: each has a directory for each profile, or is a bundle itself. The
+    /// first one counts.
     Linux {
         /// What to do.
         #[command(subcommand)]

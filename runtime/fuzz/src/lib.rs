@@ -1,8 +1,8 @@
 //! Fuzz targets for everything that parses what a guest says.
 //!
-//! A target turns bytes into a program of a hostile guest's driver, runs it against a device, and panics where the device
-//! did what it must not: panicked, wrote outside of the guest's buffers, returned what was not its own. The same targets
-//! are run by libFuzzer (`make fuzz`) and, over the committed corpus, by `cargo test`.
+//! A target turns bytes into a program of a hostile guest's driver, runs it against a device, and panics where the
+//! device did what it must not: panicked, wrote outside of the guest's buffers, returned what was not its own. The same
+//! targets are run by libFuzzer (`make fuzz`) and, over the committed corpus, by `cargo test`.
 
 mod devices;
 mod guest;

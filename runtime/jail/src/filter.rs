@@ -1,8 +1,8 @@
 //! Filters on system calls, made from the tables of [`crate::syscalls`].
 //!
 //! A thread has two or three of them on top of each other, of which the strictest word counts: the process's, which is
-//! the sum of all roles; its role's; and one that turns a few refusals into errors. They are installed in an order in which
-//! each still allows the next.
+//! the sum of all roles; its role's; and one that turns a few refusals into errors. They are installed in an order in
+//! which each still allows the next.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -32,8 +32,8 @@ pub enum Denied {
     /// It is killed; the host's audit log has the call's number.
     #[default]
     Kill,
-    /// It says on its stderr which call it was, and exits. For development: what runs on until then is in a process that a
-    /// guest may have taken over.
+    /// It says on its stderr which call it was, and exits. For development: what runs on until then is in a process
+    /// that a guest may have taken over.
     Report,
 }
 

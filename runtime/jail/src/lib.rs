@@ -5,12 +5,12 @@
 //! 1. [`prepare`]: limits, dumpability, mounts that propagate back. The host's files can still be opened.
 //! 2. [`enter_root`]: the root is the share and nothing else. What was not opened before cannot be opened any more.
 //! 3. [`restrict`]: every capability but those that serving files needs, and every system call that no thread needs.
-//! 4. [`enter`], by each thread, before it touches anything of the guest's: what its [`Role`] does not need. The process's
-//!    first thread is the last to do so, as threads inherit what their maker may.
+//! 4. [`enter`], by each thread, before it touches anything of the guest's: what its [`Role`] does not need. The
+//!   process's first thread is the last to do so, as threads inherit what their maker may.
 //!
-//! Threat: a guest that has taken over a thread. Threads share an address space, so what one of them may, the others may
-//! have done for them; the boundary is the process's: root, namespaces and the filter of [`restrict`]. Roles make the way
-//! there longer.
+//! Threat: a guest that has taken over a thread. Threads share an address space, so what one of them may, the others
+//! may have done for them; the boundary is the process's: root, namespaces and the filter of [`restrict`]. Roles make
+//! the way there longer.
 
 use std::{
     io,
@@ -100,7 +100,8 @@ pub fn enter(role: Role) -> Result<(), Error> {
 /// Bytes of a thread's stack. Where the host gives large pages unasked, one of a large page's size would cost 2 MiB.
 const STACK: usize = 512 << 10;
 
-/// Starts a thread that is confined to its role before `f` runs. `refused` is called instead of `f` where it could not be.
+/// Starts a thread that is confined to its role before `f` runs. `refused` is called instead of `f` where it could not
+/// be.
 ///
 /// A panic is the business of the process's hook; the thread ends with it.
 pub fn spawn<F, R>(role: Role, name: &str, f: F, refused: R) -> io::Result<JoinHandle<()>>

@@ -21,10 +21,12 @@ use nix::{
 
 use crate::{Denied, Error, capabilities, filter};
 
-/// Open files that are asked for, each file that the guest knows takes one; a user namespace cannot raise the limit itself.
+/// Open files that are asked for, each file that the guest knows takes one; a user namespace cannot raise the limit
+/// itself.
 pub const OPEN_FILES: u64 = 1 << 20;
 
-/// The limit of core dumps that forbids them, in files and for programs. A user namespace cannot raise it from 0 itself.
+/// The limit of core dumps that forbids them, in files and for programs. A user namespace cannot raise it from 0
+/// itself.
 pub const NO_CORE: u64 = 1;
 
 fn failed<E: Into<io::Error>>(operation: &'static str) -> impl FnOnce(E) -> Error {
@@ -33,9 +35,10 @@ fn failed<E: Into<io::Error>>(operation: &'static str) -> impl FnOnce(E) -> Erro
 
 /// Gives up what can be given up before anything else happens. Tells how many files can be open.
 pub fn prepare() -> Result<u64, Error> {
-    // Guest memory, and with it secrets of containers, is in this process. The limit is 1 byte and not 0: where the host has
-    // a program that takes dumps (core_pattern with a pipe), 0 does not count and 1 means none: fs/coredump.c. Not being
-    // dumpable is not enough, since a thread that acts as another user sets that to the host's fs.suid_dumpable.
+    // Guest memory, and with it secrets of containers, is in this process. The limit is 1 byte and not 0: where the
+    // host has a program that takes dumps (core_pattern with a pipe), 0 does not count and 1 means none: fs/coredump.c.
+    // Not being dumpable is not enough, since a thread that acts as another user sets that to the host's
+    // fs.suid_dumpable.
     let none = match setrlimit(Resource::RLIMIT_CORE, NO_CORE, NO_CORE) {
         // Whoever started us had a lower one, and could not raise it either.
         Err(Errno::EPERM) => setrlimit(Resource::RLIMIT_CORE, 0, 0),
@@ -58,12 +61,13 @@ pub fn prepare() -> Result<u64, Error> {
     Ok(hard)
 }
 
-/// Leaves the host's files behind: the root is `share`, which is a shared mount outside, so that binds below it which are
-/// made there later appear in here. The share's own directories are read-only in here, whoever takes this process over: the
-/// shim alone decides which names they have. What is mounted below is as writable as its mount. Returns `/proc/self/fd`, which the new root does not have.
+/// Leaves the host's files behind: the root is `share`, which is a shared mount outside, so that binds below it which
+/// are made there later appear in here. The share's own directories are read-only in here, whoever takes this process
+/// over: the shim alone decides which names they have. What is mounted below is as writable as its mount. Returns
+/// `/proc/self/fd`, which the new root does not have.
 pub fn enter_root(share: &Path) -> Result<File, Error> {
-    // A mount of its own, which ends at its root: from a directory that was only opened, `..` would lead to the rest of the
-    // host's /proc, and from there to its kernel's settings.
+    // A mount of its own, which ends at its root: from a directory that was only opened, `..` would lead to the rest of
+    // the host's /proc, and from there to its kernel's settings.
     let proc_self_fd =
         vz_sys::mount::clone_tree(Path::new("/proc/self/fd"), false).map_err(failed("clone /proc/self/fd"))?;
     unshare(CloneFlags::CLONE_NEWNS).map_err(failed("unshare mount namespace"))?;

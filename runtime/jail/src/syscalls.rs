@@ -1,7 +1,7 @@
 //! Which system calls each role may make.
 //!
-//! Found by tracing whole runs of the integration tests, and read off what the libraries in use can call; each table has
-//! what its thread's work needs, [`COMMON`] what every thread's run time does behind its back.
+//! Found by tracing whole runs of the integration tests, and read off what the libraries in use can call; each table
+//! has what its thread's work needs, [`COMMON`] what every thread's run time does behind its back.
 
 use libc::{
     self, SYS_accept4, SYS_brk, SYS_capget, SYS_capset, SYS_clock_gettime, SYS_clock_nanosleep, SYS_clone, SYS_close,
@@ -103,11 +103,12 @@ const MAIN: &[Allow] = &[
 
 const VCPU: &[Allow] = &[OneOf(SYS_ioctl, 1, KVM)];
 
-/// Interrupting the guest, where a thread serves a device of the KVM machine: by the VM's descriptor, of which nothing else may be asked.
+/// Interrupting the guest, where a thread serves a device of the KVM machine: by the VM's descriptor, of which nothing
+/// else may be asked.
 const INTERRUPT: Allow = OneOf(SYS_ioctl, 1, &[write(KVMIO, 0x61, 8)]); // KVM_IRQ_LINE
 
-/// Requests of a vCPU's thread: running it, and reading its registers for a report of what went wrong. Everything else was
-/// set up before the thread entered its role.
+/// Requests of a vCPU's thread: running it, and reading its registers for a report of what went wrong. Everything else
+/// was set up before the thread entered its role.
 const KVM: &[u32] = &[
     none(KVMIO, 0x80),      // KVM_RUN
     read(KVMIO, 0x81, 144), // KVM_GET_REGS

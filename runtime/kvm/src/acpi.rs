@@ -1,7 +1,7 @@
 //! The ACPI tables by which the guest finds its processors, devices and power switch.
 //!
-//! Hardware-reduced ACPI: no timer, no interrupt controller and no event block of a PC, which makes the kernel leave those
-//! alone. Virtio devices are `LNRO0005`, which Linux' virtio-mmio driver binds to.
+//! Hardware-reduced ACPI: no timer, no interrupt controller and no event block of a PC, which makes the kernel leave
+//! those alone. Virtio devices are `LNRO0005`, which Linux' virtio-mmio driver binds to.
 
 use acpi_tables::{
     Aml, aml,

@@ -27,8 +27,8 @@ const LOADER_UNDEFINED: u8 = 0xff;
 
 /// Loads everything; the address of the kernel's 64-bit entry.
 pub(crate) fn load(memory: &Memory, kernel: &File, initramfs: &File, cmdline: &str) -> Result<GuestAddress, Error> {
-    // Most of what a start costs on the host is this copying, so both are copied at once. Nobody runs yet: where the initramfs
-    // is too large, what it overwrites of the kernel is an error afterwards.
+    // Most of what a start costs on the host is this copying, so both are copied at once. Nobody runs yet: where the
+    // initramfs is too large, what it overwrites of the kernel is an error afterwards.
     let (initramfs, (entry, kernel_end)) =
         join("initramfs", || load_initramfs(memory, initramfs), || load_kernel(memory, kernel))?;
     let initramfs = behind(initramfs, kernel_end, memory)?;

@@ -1,8 +1,8 @@
 //! A virtio device on this machine: its registers on one side, a thread for each of its workers on the other.
 //!
-//! The guest's writes to the registers are handled by whichever vCPU made them; queues belong to the workers' threads, which
-//! get them when the driver is ready and give them up when it resets the device. A notification wakes the thread by an
-//! eventfd that KVM signals itself, an interrupt is a request to KVM: neither leaves the kernel for a vCPU.
+//! The guest's writes to the registers are handled by whichever vCPU made them; queues belong to the workers' threads,
+//! which get them when the driver is ready and give them up when it resets the device. A notification wakes the thread
+//! by an eventfd that KVM signals itself, an interrupt is a request to KVM: neither leaves the kernel for a vCPU.
 
 use std::{
     fmt,
@@ -37,9 +37,9 @@ const EVENTS: usize = 16;
 
 /// The guest's interrupt line of a device.
 ///
-/// That buffers were used, once true, stays true until the device is reset: a driver looks at its rings at each interrupt
-/// whatever else it is for, and its acknowledgement need not come here. KVM takes that one without waking us, see
-/// [`Interrupt::USED`].
+/// That buffers were used, once true, stays true until the device is reset: a driver looks at its rings at each
+/// interrupt whatever else it is for, and its acknowledgement need not come here. KVM takes that one without waking us,
+/// see [`Interrupt::USED`].
 #[derive(Debug)]
 pub(crate) struct Interrupt {
     status: Mutex<u32>,
@@ -55,9 +55,9 @@ pub(crate) trait InterruptLine: fmt::Debug + Send + Sync {
 
 /// A pin of KVM's interrupt controllers.
 ///
-/// The thread that has something to say interrupts the guest itself, by two requests. An eventfd for KVM (an irqfd) takes a
-/// kernel worker for that, to be woken and switched to each time: only an interrupt that is a message (MSI), which virtio-mmio
-/// does not have, is delivered where the eventfd is written.
+/// The thread that has something to say interrupts the guest itself, by two requests. An eventfd for KVM (an irqfd)
+/// takes a kernel worker for that, to be woken and switched to each time: only an interrupt that is a message (MSI),
+/// which virtio-mmio does not have, is delivered where the eventfd is written.
 #[derive(Debug)]
 pub(crate) struct Pin {
     pub(crate) vm: Arc<VmFd>,
@@ -160,7 +160,8 @@ impl Space {
         Self { shown: Mutex::new((bytes.to_vec(), 0)), page }
     }
 
-    /// Takes over the backend's. The generation changes with it, by which the driver knows that it read across a change.
+    /// Takes over the backend's. The generation changes with it, by which the driver knows that it read across a
+    /// change.
     fn refresh(&self, now: &[u8]) {
         let mut shown = lock(&self.shown);
         let (bytes, generation) = &mut *shown;
@@ -227,7 +228,8 @@ pub(crate) struct Device {
 }
 
 impl Device {
-    /// Makes the device and what its threads will run; the guest reads its registers in `page`, and is interrupted by `line`.
+    /// Makes the device and what its threads will run; the guest reads its registers in `page`, and is interrupted by
+    /// `line`.
     pub(crate) fn new(
         workers: Vec<Worker<Role>>,
         memory: &Memory,

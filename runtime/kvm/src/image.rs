@@ -1,11 +1,12 @@
 //! A kernel's file as the loader reads it: what only fills it up takes no memory.
 //!
-//! With page table isolation Linux gives its entry code, a few KiB, a large page of its own and fills that up with traps
-//! (`ALIGN_ENTRY_TEXT_END` in arch/x86/kernel/vmlinux.lds.S). Nothing ever touches them, so they stay in the file, which is mapped in their place.
+//! With page table isolation Linux gives its entry code, a few KiB, a large page of its own and fills that up with
+//! traps (`ALIGN_ENTRY_TEXT_END` in arch/x86/kernel/vmlinux.lds.S). Nothing ever touches them, so they stay in the
+//! file, which is mapped in their place.
 //!
-//! The mapping is private: what the guest writes there is its own, and reaches no file. Giving such a page back (MADV_DONTNEED) makes
-//! it the file's again and not zero, which no driver may rely on after it has given up a page (virtio 1.3, 5.5.6). Whoever saves guest
-//! memory must read these pages like all others.
+//! The mapping is private: what the guest writes there is its own, and reaches no file. Giving such a page back
+//! (MADV_DONTNEED) makes it the file's again and not zero, which no driver may rely on after it has given up a page
+//! (virtio 1.3, 5.5.6). Whoever saves guest memory must read these pages like all others.
 
 use std::{
     fs::File,
@@ -42,8 +43,8 @@ impl<'a> Image<'a> {
         Self { file }
     }
 
-    /// How many bytes at the end of these of the file seem to be nothing but filling. A mistake costs time, and changes nothing: memory
-    /// has what the file has, copied or mapped.
+    /// How many bytes at the end of these of the file seem to be nothing but filling. A mistake costs time, and changes
+    /// nothing: memory has what the file has, copied or mapped.
     fn filling(&self, start: u64, length: usize) -> io::Result<usize> {
         let mut bytes = [0; SAMPLE];
         let mut filling = 0;
@@ -77,8 +78,8 @@ impl<'a> Image<'a> {
         let length = NonZeroUsize::new(memory.len()).ok_or(io::ErrorKind::InvalidInput)?;
         let prot = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
         let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_FIXED | MapFlags::MAP_NORESERVE;
-        // SAFETY: guest memory is a mapping that stays for as long as this process lives, and nothing in Rust refers to its content.
-        // The new one has its permissions, and stays as long.
+        // SAFETY: guest memory is a mapping that stays for as long as this process lives, and nothing in Rust refers to
+        // its content. The new one has its permissions, and stays as long.
         #[allow(unsafe_code)]
         unsafe { mmap(Some(host(memory)?.addr()), length, prot, flags, self.file, from) }?;
         self.seek(SeekFrom::Current(memory.len().try_into().map_err(io::Error::other)?))?;

@@ -1,10 +1,10 @@
 //! The built-in machine: a small x86-64 PC on KVM.
 //!
-//! It has memory, vCPUs, KVM's own interrupt controllers, virtio-mmio devices, a serial port for early messages, and ACPI
-//! tables that describe all of it. A kernel is entered by the 64-bit Linux boot protocol: no firmware, no PCI.
+//! It has memory, vCPUs, KVM's own interrupt controllers, virtio-mmio devices, a serial port for early messages, and
+//! ACPI tables that describe all of it. A kernel is entered by the 64-bit Linux boot protocol: no firmware, no PCI.
 //!
-//! Device backends come from `vz-virtio` and know nothing of this crate. Each of their workers has a thread here, each vCPU
-//! another one; all are started by `vz-jail`, which confines them.
+//! Device backends come from `vz-virtio` and know nothing of this crate. Each of their workers has a thread here, each
+//! vCPU another one; all are started by `vz-jail`, which confines them.
 //!
 //! Threat: the guest decides about every exit, every register access and everything in its memory. What it does is
 //! served, ignored or ends its own VM with a cause ([`End`]); nothing of it panics or grows.

@@ -35,12 +35,12 @@ pub const MAX_VCPUS: u32 = 254;
 /// Most devices: each has an interrupt line of its own.
 pub const MAX_DEVICES: usize = SLOTS as usize;
 const SLOTS: u32 = layout::LAST_GSI - layout::FIRST_GSI + 1;
-/// What the kernel needs to know about this machine. The rest it finds in ACPI; no 8250 is probed, since the console is a
-/// virtio one, and what comes before that or in a panic goes out through the first serial port.
+/// What the kernel needs to know about this machine. The rest it finds in ACPI; no 8250 is probed, since the console is
+/// a virtio one, and what comes before that or in a panic goes out through the first serial port.
 const KERNEL_ARGUMENTS: &str = "quiet console=hvc0 earlyprintk=ttyS0 8250.nr_uarts=0 panic=-1 reboot=a,k pci=off swiotlb=noforce cryptomgr.notests";
 
-/// Bytes of memory for each of the buckets in which the kernel looks names up, and for each of those of inodes: a quarter of the
-/// buckets of its own choice, which keeps 1.1 MiB of 1 GiB free.
+/// Bytes of memory for each of the buckets in which the kernel looks names up, and for each of those of inodes: a
+/// quarter of the buckets of its own choice, which keeps 1.1 MiB of 1 GiB free.
 const MEMORY_PER_NAME: u64 = 32 << 10;
 const MEMORY_PER_INODE: u64 = 64 << 10;
 
@@ -146,8 +146,8 @@ impl Machine {
         &self.ending
     }
 
-    /// Adds the devices, each given by its workers, and starts the guest. `output` gets what it writes to its serial port;
-    /// `generation` is the VM's generation identifier, which no other VM ever had.
+    /// Adds the devices, each given by its workers, and starts the guest. `output` gets what it writes to its serial
+    /// port; `generation` is the VM's generation identifier, which no other VM ever had.
     pub fn start(
         self,
         devices: Vec<Vec<Worker<Role>>>,

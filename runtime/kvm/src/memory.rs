@@ -49,8 +49,9 @@ pub(crate) fn reserve(bytes: u64) -> Result<Memory, Error> {
     Memory::from_regions(regions.collect::<Result<_, _>>()?).map_err(|e| failed(e.into()))
 }
 
-/// Memory that begins where a large page can, as all ranges of guest memory do: only where a large page of the host is one of the
-/// guest's too, KVM gives it to the guest as one, with one fault in the place of 512. Hosts before Linux 6.7 map anywhere.
+/// Memory that begins where a large page can, as all ranges of guest memory do: only where a large page of the host is
+/// one of the guest's too, KVM gives it to the guest as one, with one fault in the place of 512. Hosts before Linux 6.7
+/// map anywhere.
 fn map<B: NewBitmap>(length: usize) -> io::Result<MmapRegion<B>> {
     let prot = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
     let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE;
@@ -59,8 +60,8 @@ fn map<B: NewBitmap>(length: usize) -> io::Result<MmapRegion<B>> {
     #[allow(unsafe_code)]
     let mapping = unsafe { mmap_anonymous(None, with_slack, prot, flags) }?;
     let start = mapping.as_ptr().map_addr(|address| address.next_multiple_of(LARGE_PAGE)).cast::<u8>();
-    // More than was asked for is no worse: a host without large pages says so by an error, and nothing changes.
-    // SAFETY: the range is in the mapping of above, which nothing unmaps; advice changes neither content nor permissions.
+    // More than was asked for is no worse: a host without large pages says so by an error, and nothing changes. SAFETY:
+    // the range is in the mapping of above, which nothing unmaps; advice changes neither content nor permissions.
     #[allow(unsafe_code)]
     let advised = unsafe { libc::madvise(start.cast(), length, libc::MADV_HUGEPAGE) };
     match Errno::result(advised) {
@@ -73,8 +74,8 @@ fn map<B: NewBitmap>(length: usize) -> io::Result<MmapRegion<B>> {
     region.map_err(io::Error::other)
 }
 
-/// Gives the guest its memory, and its devices' registers to read. Before the interrupt controllers exist a slot costs 0.2 ms,
-/// after it 7.
+/// Gives the guest its memory, and its devices' registers to read. Before the interrupt controllers exist a slot costs
+/// 0.2 ms, after it 7.
 pub(crate) fn register(vm: &VmFd, memory: &Memory, pages: &RegisterPages) -> Result<(), Error> {
     // Where KVM has no such slots, reads of registers are exits, which are answered with the same.
     let read_only = if vm.check_extension(Cap::ReadonlyMem) { Some(pages.memory()) } else { None };
@@ -92,8 +93,9 @@ pub(crate) fn register(vm: &VmFd, memory: &Memory, pages: &RegisterPages) -> Res
             memory_size: region.len(),
             userspace_addr: host.addr() as u64,
         };
-        // SAFETY: the range is one mapping of `memory` or `pages`, which the machine keeps for as long as the VM exists: all end
-        // with the process. The guest may write to the former at any time, and nothing else of this process is in either.
+        // SAFETY: the range is one mapping of `memory` or `pages`, which the machine keeps for as long as the VM
+        // exists: all end with the process. The guest may write to the former at any time, and nothing else of this
+        // process is in either.
         #[allow(unsafe_code)]
         unsafe { vm.set_user_memory_region(region) }.map_err(Error::kvm("register memory"))?;
     }

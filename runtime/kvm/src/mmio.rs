@@ -1,7 +1,7 @@
 //! The registers of a virtio-mmio device (virtio 1.3, section 4.2.2), version 2.
 //!
-//! Threat: every access is the guest's, in any order and from any vCPU. The state machine below decides what an access may do
-//! at which time; what it may not do is ignored, as a PC's hardware would.
+//! Threat: every access is the guest's, in any order and from any vCPU. The state machine below decides what an access
+//! may do at which time; what it may not do is ignored, as a PC's hardware would.
 
 use std::sync::{Arc, Mutex, MutexGuard};
 

@@ -1,4 +1,5 @@
-//! The few I/O ports of a PC that this machine has: a serial port, the keyboard controller's reset, ACPI's power switch.
+//! The few I/O ports of a PC that this machine has: a serial port, the keyboard controller's reset, ACPI's power
+//! switch.
 
 use std::{
     io::{self, Write},

@@ -1,17 +1,17 @@
 //! What the guest reads of its devices' registers, as memory.
 //!
-//! A read of a register changes nothing, so it need not come here: each device's registers are a page that the machine keeps
-//! up to date, and KVM gives all of them to the guest as memory that only we can write. A driver looks at the interrupt
-//! status with each interrupt; without the page, each look is an exit of the vCPU to this process and back. Writes come here
-//! as before, or are KVM's (notifications and acknowledgements).
+//! A read of a register changes nothing, so it need not come here: each device's registers are a page that the machine
+//! keeps up to date, and KVM gives all of them to the guest as memory that only we can write. A driver looks at the
+//! interrupt status with each interrupt; without the page, each look is an exit of the vCPU to this process and back.
+//! Writes come here as before, or are KVM's (notifications and acknowledgements).
 //!
-//! The guest maps registers uncached, and we write the page through the cache. On Intel, KVM has the guest's mapping cached too;
-//! AMD's processors ask the caches where only page tables, not the MTRRs, make memory uncached. The flash of a VM with UEFI
-//! firmware is the same: a page that the VMM writes, and the guest reads uncached.
+//! The guest maps registers uncached, and we write the page through the cache. On Intel, KVM has the guest's mapping
+//! cached too; AMD's processors ask the caches where only page tables, not the MTRRs, make memory uncached. The flash
+//! of a VM with UEFI firmware is the same: a page that the VMM writes, and the guest reads uncached.
 //!
-//! Invariant: a register, and a field of a configuration space, is stored whole. A driver that reads several fields of a
-//! configuration space knows by its generation that it read across a change, where only one field changes at a time: so it is
-//! with all devices here (the balloon's two numbers).
+//! Invariant: a register, and a field of a configuration space, is stored whole. A driver that reads several fields of
+//! a configuration space knows by its generation that it read across a change, where only one field changes at a time:
+//! so it is with all devices here (the balloon's two numbers).
 
 use std::sync::atomic::Ordering;
 

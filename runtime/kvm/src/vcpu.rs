@@ -90,8 +90,8 @@ impl Vcpu {
     /// KVM's suberror, and what it says about it.
     fn internal_error(&mut self) -> (u32, Vec<u64>) {
         let run = self.fd.get_kvm_run();
-        // SAFETY: the exit reason is KVM_EXIT_INTERNAL_ERROR, for which the kernel filled this member; all of its fields are
-        // integers, for which every value is valid.
+        // SAFETY: the exit reason is KVM_EXIT_INTERNAL_ERROR, for which the kernel filled this member; all of its
+        // fields are integers, for which every value is valid.
         #[allow(unsafe_code)]
         let error = unsafe { run.__bindgen_anon_1.internal };
         let count = usize::try_from(error.ndata).unwrap_or(0).min(error.data.len());
@@ -127,7 +127,8 @@ enum What {
 }
 
 impl Vcpu {
-    /// Starts it on a thread of its own; `ended` is told how the VM ended, `refused` where the thread could not be confined.
+    /// Starts it on a thread of its own; `ended` is told how the VM ended, `refused` where the thread could not be
+    /// confined.
     pub(crate) fn start(
         self,
         ended: impl FnOnce(End) + Send + 'static,

@@ -1,5 +1,5 @@
-//! What a vCPU is before its first instruction: CPUID, model-specific registers, and for the boot processor the state that
-//! the 64-bit Linux boot protocol asks for.
+//! What a vCPU is before its first instruction: CPUID, model-specific registers, and for the boot processor the state
+//! that the 64-bit Linux boot protocol asks for.
 
 use kvm_bindings::{CpuId, Msrs, kvm_fpu, kvm_msr_entry, kvm_regs, kvm_segment};
 use kvm_ioctls::VcpuFd;

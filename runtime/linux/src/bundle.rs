@@ -8,8 +8,8 @@ use std::{
 
 use crate::{INITRAMFS, KERNEL, SCHEMA, VERSION, VerifyError, VersionInfo, YOUKI, verify::verify};
 
-/// Where checksums of verified files are remembered until the next boot of the host, below [`vz_state::ROOT`]. The other
-/// names there are containerd's namespaces, none of which begins with a dot.
+/// Where checksums of verified files are remembered until the next boot of the host, below [`vz_state::ROOT`]. The
+/// other names there are containerd's namespaces, none of which begins with a dot.
 const CACHE: &str = ".verified";
 
 /// The cache for this user: what others could write there would count for us.

@@ -133,8 +133,8 @@ pub enum EnsureError {
 }
 
 impl KernelBundle {
-    /// Checks the bundle in `dir`: every file by its checksum, whatever is remembered of earlier checks, and its programs'
-    /// versions.
+    /// Checks the bundle in `dir`: every file by its checksum, whatever is remembered of earlier checks, and its
+    /// programs' versions.
     pub fn verify(dir: &Path) -> Result<Self, EnsureError> {
         Self::check(dir, None)
     }
@@ -171,9 +171,9 @@ pub fn ensure_kernel_profile(profile: KernelProfile) -> Result<KernelBundle, Ens
 
 /// Finds the first bundle of the profile, or installs one, checks it, and returns it.
 ///
-/// A bundle that is there and not good is an error, never passed over: it names the file that is not what `version.json`
-/// says. Any number of processes may call this at the same time; those that are killed leave nothing that later ones
-/// mind.
+/// A bundle that is there and not good is an error, never passed over: it names the file that is not what
+/// `version.json` says. Any number of processes may call this at the same time; those that are killed leave nothing
+/// that later ones mind.
 ///
 /// ```
 /// use vz_linux::{EnsureError, KernelBundleOptions, KernelProfile, ensure_kernel_bundle};
@@ -225,9 +225,9 @@ pub fn locate(configured: Option<&Path>, profile: KernelProfile) -> Result<PathB
     }
 }
 
-/// The same, but where nothing is configured and there is none, the embedded bundle of this profile is installed, if there is
-/// one; and one that an older version of the program has installed so is replaced. This is what a runtime calls at every start:
-/// where the bundle is there it costs a few `stat` calls.
+/// The same, but where nothing is configured and there is none, the embedded bundle of this profile is installed, if
+/// there is one; and one that an older version of the program has installed so is replaced. This is what a runtime
+/// calls at every start: where the bundle is there it costs a few `stat` calls.
 pub fn find_or_install(configured: Option<&Path>, profile: KernelProfile) -> Result<PathBuf, EnsureError> {
     match configured {
         Some(_) => locate(configured, profile),

@@ -30,8 +30,8 @@ pub trait Source: std::fmt::Debug + Sync {
     fn version(&self) -> io::Result<Vec<u8>>;
     /// Writes the file of this name to `to`.
     fn copy(&self, name: &str, to: &mut dyn Write) -> io::Result<()>;
-    /// Whether it belongs to the program, whose next version brings another one: what it installs is marked, and only what is
-    /// marked is ever replaced without being asked.
+    /// Whether it belongs to the program, whose next version brings another one: what it installs is marked, and only
+    /// what is marked is ever replaced without being asked.
     fn belongs_to_program(&self) -> bool {
         false
     }

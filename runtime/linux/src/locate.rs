@@ -1,8 +1,8 @@
 //! Where bundles are kept.
 //!
-//! A *base* directory has a directory for each profile in it: `BASE/container`, `BASE/developer`. It may also be a bundle
-//! itself, which then counts for the profile that its `version.json` names: so the developer's bundle was kept once, and so
-//! a directory that was just built can be named.
+//! A *base* directory has a directory for each profile in it: `BASE/container`, `BASE/developer`. It may also be a
+//! bundle itself, which then counts for the profile that its `version.json` names: so the developer's bundle was kept
+//! once, and so a directory that was just built can be named.
 
 use std::{
     env,

@@ -21,7 +21,8 @@ use vz_linux::{
 const CONTAINER: KernelProfile = KernelProfile::Container;
 /// Makes this program a process that installs: directory of the source, base directory.
 const WORK: &str = "VZ_TEST_INSTALL";
-/// Makes this program a process that installs on a file system which has no room (`full`) or is read-only (`read-only`).
+/// Makes this program a process that installs on a file system which has no room (`full`) or is read-only
+/// (`read-only`).
 const TMPFS: &str = "VZ_TEST_TMPFS";
 
 fn main() -> ExitCode {

@@ -14,8 +14,8 @@ fn root() -> &'static Path {
     Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."))
 }
 
-/// Which of these documents the schema accepts, by the words of Python's jsonschema; none where it is not installed. (The
-/// Rust implementations bring sixty crates along.)
+/// Which of these documents the schema accepts, by the words of Python's jsonschema; none where it is not installed.
+/// (The Rust implementations bring sixty crates along.)
 fn accepts(documents: &[Value]) -> Option<Vec<bool>> {
     const SCRIPT: &str = "
 import json, sys

@@ -1,10 +1,11 @@
 //! Boots a guest the way the shim does, without the shim: for work on the vmm process.
 //!
-//!     boot [--bundle DIR] [--vcpus N] [--memory MIB] [--append ARGS] [--machine kvm|qemu] [--qemu PATH] [--deadline MS] [--bind DIR]
-//!          [--stdin FILE] [--run COMMAND]... [--parallel N] [--wait]
+//!     boot [--bundle DIR] [--vcpus N] [--memory MIB] [--append ARGS] [--machine kvm|qemu] [--qemu PATH]
+//!          [--deadline MS] [--bind DIR] [--stdin FILE] [--run COMMAND]... [--parallel N] [--wait]
 //!
 //! The guest's init must dial port 1024 and run, for each connection to its port 1026, the command in the first line
-//! with the connection as standard input and output. With `--parallel`, all commands run N times at once. Without `--wait` the VM is killed after the last command.
+//! with the connection as standard input and output. With `--parallel`, all commands run N times at once. Without
+//! `--wait` the VM is killed after the last command.
 
 use std::{
     env,

@@ -110,8 +110,8 @@ impl MachineKind {
     }
 }
 
-/// A network card of the guest. Its tap descriptors, one for each queue pair, come with [`Request::Boot`], those of all cards
-/// in the order of [`BootConfig::nics`].
+/// A network card of the guest. Its tap descriptors, one for each queue pair, come with [`Request::Boot`], those of all
+/// cards in the order of [`BootConfig::nics`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Nic {
     /// The address that the guest's driver finds; the agent may set another.
@@ -163,8 +163,8 @@ pub struct BootConfig {
     pub qemu: PathBuf,
     /// Appended to the guest's kernel command line.
     pub kernel_args: String,
-    /// For measurements: the guest's clocks count instructions, a nanosecond each, instead of time, and all that is random
-    /// or of the host's clock is the same each time. [`MachineKind::Qemu`] only.
+    /// For measurements: the guest's clocks count instructions, a nanosecond each, instead of time, and all that is
+    /// random or of the host's clock is the same each time. [`MachineKind::Qemu`] only.
     pub count_instructions: bool,
     /// For development: a thread that makes a system call which its filter denies says which, before the process ends.
     pub report_denied_calls: bool,

@@ -15,8 +15,8 @@ use crate::{
     control::{BootConfig, Disk, Nic},
 };
 
-/// How long the guest believes names and attributes of shared files: a burst of a program that starts, or of a walk over a
-/// tree, and no longer than people notice.
+/// How long the guest believes names and attributes of shared files: a burst of a program that starts, or of a walk
+/// over a tree, and no longer than people notice.
 const FS_CACHE: Duration = Duration::from_millis(100);
 /// Request queues: more do not help, since the guest gives each vCPU one.
 const MOST_REQUEST_QUEUES: u32 = 4;

@@ -100,7 +100,8 @@ enum LaunchError {
     Shape { vcpus: u32, memory_mib: u64 },
 }
 
-/// Starts the machine that the configuration asks for, or the best that works. `files` are its cards' taps and its disks.
+/// Starts the machine that the configuration asks for, or the best that works. `files` are its cards' taps and its
+/// disks.
 fn launch(
     config: &BootConfig,
     bundle: &vz_linux::Bundle,

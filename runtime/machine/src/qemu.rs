@@ -82,8 +82,8 @@ impl QemuMachine {
 
 /// The guest kernel's command line for this machine; kernel/README.md has what each word saves.
 ///
-/// Nothing is measured against an emulated timer: on a busy host such measurements fail, and then the kernel gives up its
-/// clock (and with it high resolution timers, and time that is right), or does not boot at all.
+/// Nothing is measured against an emulated timer: on a busy host such measurements fail, and then the kernel gives up
+/// its clock (and with it high resolution timers, and time that is right), or does not boot at all.
 fn kernel_arguments(vcpus: u32, count_instructions: bool) -> String {
     let mut arguments = String::from("console=ttyS0 quiet");
     // A reboot by triple fault is the one way for a guest without ACPI to end QEMU; a panic reboots at once.

@@ -1,8 +1,8 @@
 //! Which machine a sandbox runs on.
 //!
-//! The vmm process decides, before it launches the machine and while it can open `/dev/kvm`: whoever decides must be able
-//! to probe, and the shim's `start` must not wait for that. A first start costs the probe, later ones the reading of a
-//! file; see [`verdict`](crate::verdict).
+//! The vmm process decides, before it launches the machine and while it can open `/dev/kvm`: whoever decides must be
+//! able to probe, and the shim's `start` must not wait for that. A first start costs the probe, later ones the reading
+//! of a file; see [`verdict`](crate::verdict).
 
 pub use vz_probe::{Speed, Unusable};
 

@@ -1,7 +1,8 @@
 //! The start of a `vmm` process, as whoever has a VM starts it: this same program again, with the subcommand `vmm`.
 //!
-//! It gets its end of the control channel and a place for its words, and nothing else of this process: no descriptor, no
-//! variable but those named here. Its namespaces are its own from the beginning; the rest of its jail it makes itself.
+//! It gets its end of the control channel and a place for its words, and nothing else of this process: no descriptor,
+//! no variable but those named here. Its namespaces are its own from the beginning; the rest of its jail it makes
+//! itself.
 
 use std::{
     env,
@@ -56,8 +57,8 @@ pub enum SpawnError {
 }
 
 impl Spawn<'_> {
-    /// Starts it, and tells it to boot, with `files` for its network cards and disks. Call it from the main thread: the process does
-    /// not outlive the one that has started it, nor, once it is told anything, this end of its channel.
+    /// Starts it, and tells it to boot, with `files` for its network cards and disks. Call it from the main thread: the
+    /// process does not outlive the one that has started it, nor, once it is told anything, this end of its channel.
     pub fn boot(&self, config: BootConfig, files: &[OwnedFd]) -> Result<(Channel, Process), SpawnError> {
         let (channel, process) = self.process().map_err(SpawnError::Process)?;
         let files: Vec<_> = files.iter().map(AsFd::as_fd).collect();

@@ -1,11 +1,11 @@
 //! Whether this host's KVM can be used: probed once, remembered until something changes that it depends on.
 //!
-//! What is cheap and can change at any time (whether `/dev/kvm` can be opened, what it offers) is asked every time. What a
-//! guest finds is kept in a file, with what it depends on: the boot, the kernel, KVM's modules with their parameters, and
-//! this program.
+//! What is cheap and can change at any time (whether `/dev/kvm` can be opened, what it offers) is asked every time.
+//! What a guest finds is kept in a file, with what it depends on: the boot, the kernel, KVM's modules with their
+//! parameters, and this program.
 //!
-//! Invariant: the file is replaced as a whole, so a reader finds an old verdict or a new one. A file that cannot be read
-//! or understood is none.
+//! Invariant: the file is replaced as a whole, so a reader finds an old verdict or a new one. A file that cannot be
+//! read or understood is none.
 
 use std::{
     collections::BTreeMap,
@@ -151,13 +151,13 @@ impl Host {
 
     /// A VM on KVM that has run for this long has ended early, and `message` says how.
     ///
-    /// One failure may be the moment's: it is noted, and the next VM tries KVM again. If that fails too, with no VM that has
-    /// [come up](came_up) in between, `auto` does not use KVM any more until the next boot or `vz check --probe`. VMs that
-    /// were started before the first failure do not count, whatever broke may have hit them all.
+    /// One failure may be the moment's: it is noted, and the next VM tries KVM again. If that fails too, with no VM
+    /// that has [come up](came_up) in between, `auto` does not use KVM any more until the next boot or `vz check
+    /// --probe`. VMs that were started before the first failure do not count, whatever broke may have hit them all.
     ///
-    /// Only for a VM whose agent has never connected: until then it ran programs that were verified, and what it made of
-    /// KVM is KVM's doing. After that whoever is in the guest could bring such a failure about, and with this would slow
-    /// down everybody else's containers on the host.
+    /// Only for a VM whose agent has never connected: until then it ran programs that were verified, and what it made
+    /// of KVM is KVM's doing. After that whoever is in the guest could bring such a failure about, and with this would
+    /// slow down everybody else's containers on the host.
     pub fn failed_early(&self, message: &str, ran: Duration) -> Consequence {
         // Does not wait for whoever probes, whose finding is the newer one.
         let _lock = self.lock(FlockArg::LockExclusiveNonblock);

@@ -101,8 +101,8 @@ impl Guest {
         })
     }
 
-    /// Gives the containers these links, addresses, routes and neighbours. Once more with others: what has been added is
-    /// added, and a link that has gone is taken away; what containers have made themselves stays.
+    /// Gives the containers these links, addresses, routes and neighbours. Once more with others: what has been added
+    /// is added, and a link that has gone is taken away; what containers have made themselves stays.
     pub fn configure(&mut self, network: &Network) -> Result<(), Error> {
         let wanted = |found: &Found| network.links.iter().any(|link| is(found, link.card));
         for link in describe::links(&mut self.inside)?.iter().filter(|found| is_card(found) && !wanted(found)) {

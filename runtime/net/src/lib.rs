@@ -1,11 +1,13 @@
 //! Networks of sandboxes.
 //!
-//! On the host, a sandbox has a network namespace ([`netns`]), in which others put links: CNI plugins, nerdctl, a person.
-//! Each link is wired to a TAP device ([`wire`]), whose other end is a network card of the VM, and described ([`describe`]):
-//! MAC address, MTU, addresses, routes, neighbours. In the guest the same crate makes the card look like the link
-//! ([`configure`]). The host's kernel keeps the link's addresses, so that clients find them there, and never sees a packet.
+//! On the host, a sandbox has a network namespace ([`netns`]), in which others put links: CNI plugins, nerdctl, a
+//! person. Each link is wired to a TAP device ([`wire`]), whose other end is a network card of the VM, and described
+//! ([`describe`]): MAC address, MTU, addresses, routes, neighbours. In the guest the same crate makes the card look
+//! like the link ([`configure`]). The host's kernel keeps the link's addresses, so that clients find them there, and
+//! never sees a packet.
 //!
-//! Everything is asked of the kernel by netlink ([`netlink`]), synchronously: each request is answered within microseconds.
+//! Everything is asked of the kernel by netlink ([`netlink`]), synchronously: each request is answered within
+//! microseconds.
 
 pub mod configure;
 pub mod describe;

@@ -19,8 +19,8 @@ const INGRESS_PARENT: TcHandle = TcHandle { major: 0xffff, minor: 0xfff1 };
 /// `ETH_P_ALL`, in network byte order, and priority 1: the two halves of a filter's `info`.
 const EVERYTHING: u32 = (1 << 16) | (0x0003_u16.to_be() as u32);
 
-/// Redirects all that comes in through the link with index `from` to leave through the one with index `to`; all or nothing.
-/// Fails with `AlreadyExists` where somebody else redirects what comes in there.
+/// Redirects all that comes in through the link with index `from` to leave through the one with index `to`; all or
+/// nothing. Fails with `AlreadyExists` where somebody else redirects what comes in there.
 pub fn redirect(netlink: &mut Netlink, from: u32, to: u32) -> io::Result<()> {
     netlink.add(RouteNetlinkMessage::NewQueueDiscipline(qdisc(from)), Add::New)?;
     let filter = |kind, options| RouteNetlinkMessage::NewTrafficFilter(filter(from, kind, options));

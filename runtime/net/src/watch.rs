@@ -35,8 +35,8 @@ impl Watch {
         })?
     }
 
-    /// Takes all news that there are: whether there were any. What exactly they say does not matter to somebody who then
-    /// looks at everything, nor does it that some were lost.
+    /// Takes all news that there are: whether there were any. What exactly they say does not matter to somebody who
+    /// then looks at everything, nor does it that some were lost.
     pub fn take(&self) -> io::Result<bool> {
         let mut any = false;
         let mut buffer = [0u8; 8192];

@@ -22,7 +22,8 @@ use crate::{
 };
 
 /// How TAP devices are called, with a number behind. Clients that look at a container's links from the host (`nerdctl
-/// stats`, `nerdctl inspect`) pass over those whose names begin with `lo`, and take the first other one for the container's.
+/// stats`, `nerdctl inspect`) pass over those whose names begin with `lo`, and take the first other one for the
+/// container's.
 const TAP: &str = "lovz";
 /// Kinds of links whose packets can be redirected, where they are Ethernet.
 const KINDS: [&str; 7] = ["veth", "macvlan", "macvtap", "ipvlan", "vlan", "dummy", "tun"];
@@ -102,8 +103,8 @@ struct Card {
     name: String,
     /// The link that it is wired to in both directions: index and name.
     link: Option<(u32, String)>,
-    /// Links and TAP devices with a redirection of a wiring that failed or whose link has gone. It must be taken away before
-    /// the card can be wired again.
+    /// Links and TAP devices with a redirection of a wiring that failed or whose link has gone. It must be taken away
+    /// before the card can be wired again.
     stale: Vec<(u32, String)>,
 }
 
@@ -193,11 +194,11 @@ impl Wiring {
 
     /// Wires links that have appeared to cards, takes cards from links that have gone, and describes what there is now.
     ///
-    /// A link is wired in both directions or in none. What could not be undone of a failed attempt is undone first, and then
-    /// the link is tried again.
+    /// A link is wired in both directions or in none. What could not be undone of a failed attempt is undone first, and
+    /// then the link is tried again.
     ///
-    /// `before` is told of a link, by index and name, that is about to be wired, and can keep it from that. The first link
-    /// that cannot be wired, and why, comes with the description, in which it is not.
+    /// `before` is told of a link, by index and name, that is about to be wired, and can keep it from that. The first
+    /// link that cannot be wired, and why, comes with the description, in which it is not.
     pub fn sync<E: From<Error>>(
         &mut self,
         mut before: impl FnMut(u32, &str) -> Result<(), E>,
@@ -319,8 +320,8 @@ fn set_flags(message: &mut LinkMessage, which: LinkFlags, value: LinkFlags) {
     message.header.change_mask = which;
 }
 
-/// The links that a guest is to have. One that is down and has no address is not ready, or one that the kernel puts into
-/// every namespace (`tunl0`, `sit0`).
+/// The links that a guest is to have. One that is down and has no address is not ready, or one that the kernel puts
+/// into every namespace (`tunl0`, `sit0`).
 fn wanted(found: Vec<Found>) -> impl Iterator<Item = Found> {
     let ready = |link: &Found| link.up || !link.addresses.is_empty();
     found.into_iter().filter(move |link| !link.loopback && !is_tap(link) && ready(link))

@@ -1,7 +1,7 @@
 //! A child process that is waited for no longer than a deadline.
 //!
-//! A signal would do to leave a guest that loops. But a KVM that is to be distrusted may also kill the process that uses
-//! it, or keep it in the kernel; then it had better be another one's.
+//! A signal would do to leave a guest that loops. But a KVM that is to be distrusted may also kill the process that
+//! uses it, or keep it in the kernel; then it had better be another one's.
 
 use std::{
     fs::File,
@@ -61,8 +61,8 @@ pub(crate) fn guarded(deadline: Duration, f: impl FnOnce() -> Answer) -> Answer 
     }
 }
 
-/// The child's side. It ends by a signal, so that nothing of its parent's (buffers, handlers, a panic's unwinding) runs a
-/// second time in it.
+/// The child's side. It ends by a signal, so that nothing of its parent's (buffers, handlers, a panic's unwinding) runs
+/// a second time in it.
 fn answer(to: OwnedFd, f: impl FnOnce() -> Answer) -> ! {
     let work = || {
         prctl::set_pdeathsig(Signal::SIGKILL).ok()?;

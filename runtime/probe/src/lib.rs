@@ -22,9 +22,9 @@ use serde::{Deserialize, Serialize};
 pub use payload::Payload;
 pub use unusable::Unusable;
 
-/// Time for the whole of a probe. A KVM that runs its guests on the processor takes some milliseconds, one that emulates
-/// them has shown it within a tenth of a second, and on a processor that is emulated itself two seconds were seen. So
-/// whoever takes longer hangs.
+/// Time for the whole of a probe. A KVM that runs its guests on the processor takes some milliseconds, one that
+/// emulates them has shown it within a tenth of a second, and on a processor that is emulated itself two seconds were
+/// seen. So whoever takes longer hangs.
 pub const DEADLINE: Duration = Duration::from_secs(5);
 /// The device.
 pub const DEVICE: &str = "/dev/kvm";
@@ -41,8 +41,8 @@ pub struct Speed {
 pub struct Kvm(kvm_ioctls::Kvm);
 
 impl Kvm {
-    /// Opens the device, and asks for its version and for what the built-in machine cannot do without. This is cheap, and
-    /// what it finds can change at any time; what a guest finds stays.
+    /// Opens the device, and asks for its version and for what the built-in machine cannot do without. This is cheap,
+    /// and what it finds can change at any time; what a guest finds stays.
     pub fn open() -> Result<Self, Unusable> {
         let kvm = kvm_ioctls::Kvm::new().map_err(|e| match Errno::from_raw(e.errno()) {
             Errno::ENOENT => Unusable::Missing,

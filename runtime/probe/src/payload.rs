@@ -78,8 +78,8 @@ impl<'a> Payload<'a> {
         Self { code: CODE.get(BATCH..).unwrap_or_default(), answers: 0 }
     }
 
-    /// A program of the caller's, at most a page long, that is expected to time the loop as the last part of the default
-    /// one does.
+    /// A program of the caller's, at most a page long, that is expected to time the loop as the last part of the
+    /// default one does.
     pub fn new(code: &'a [u8]) -> Self {
         Self { code, answers: 0 }
     }

@@ -175,7 +175,8 @@ fn set_up(kvm: &Kvm, vcpu: &VcpuFd) -> Result<(), Unusable> {
 /// The details of an internal error; kernel's Documentation/virt/kvm/api.rst, KVM_EXIT_INTERNAL_ERROR.
 fn internal(vcpu: &mut VcpuFd) -> Exit {
     let run = vcpu.get_kvm_run();
-    // SAFETY: the exit reason is KVM_EXIT_INTERNAL_ERROR, so this is the member that KVM has filled in; any value is valid.
+    // SAFETY: the exit reason is KVM_EXIT_INTERNAL_ERROR, so this is the member that KVM has filled in; any value is
+    // valid.
     #[allow(unsafe_code)]
     let (suberror, count, data) = unsafe {
         let internal = &run.__bindgen_anon_1.internal;

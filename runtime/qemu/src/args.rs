@@ -43,8 +43,8 @@ pub enum Device {
 /// Size of a disk's queues.
 const DISK_QUEUE_SIZE: u16 = 256;
 
-/// The arguments, without the program's name. Kernel, initramfs, the devices' sockets and the cards' queues are inherited
-/// as the descriptors `first`, `first + 1`, and so on.
+/// The arguments, without the program's name. Kernel, initramfs, the devices' sockets and the cards' queues are
+/// inherited as the descriptors `first`, `first + 1`, and so on.
 pub fn arguments(config: &Config<'_>, first: RawFd) -> Vec<String> {
     let kernel = first;
     let initramfs = first.saturating_add(1);
@@ -65,11 +65,11 @@ pub fn arguments(config: &Config<'_>, first: RawFd) -> Vec<String> {
     // Filters on system calls; it needs no other process, and no other user.
     add("sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny".into());
     add("display", "none".into());
-    // Without ACPI the guest cannot power off, so it reboots and -no-reboot ends QEMU; with it, this machine hangs at boot
-    // now and then. It does not boot without the timer (pit) and interrupt controller (pic) of a PC.
+    // Without ACPI the guest cannot power off, so it reboots and -no-reboot ends QEMU; with it, this machine hangs at
+    // boot now and then. It does not boot without the timer (pit) and interrupt controller (pic) of a PC.
     add("machine", "microvm,x-option-roms=off,isa-serial=on,pit=on,pic=on,rtc=on,acpi=off,memory-backend=ram".into());
-    // A thread for each vCPU would be faster where they are several, and crash their kernel now and then: a vCPU can run a
-    // breakpoint that the kernel has just patched away (its jump labels), which no processor does. The buffer for
+    // A thread for each vCPU would be faster where they are several, and crash their kernel now and then: a vCPU can
+    // run a breakpoint that the kernel has just patched away (its jump labels), which no processor does. The buffer for
     // translated code is many times what a boot takes; the default is a gigabyte, which long runs fill with dead code.
     add("accel", "tcg,thread=single,tb-size=256".into());
     if *count_instructions {

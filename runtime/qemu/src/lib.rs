@@ -1,8 +1,8 @@
 //! QEMU's `microvm` machine: its command line, its process and how it ended.
 //!
 //! QEMU emulates processor, memory, interrupt controllers and the serial port; file system and vsock are served by our
-//! process over vhost-user. It gets what it needs as inherited descriptors: kernel and initramfs are the very files that
-//! were verified, and no socket has a name.
+//! process over vhost-user. It gets what it needs as inherited descriptors: kernel and initramfs are the very files
+//! that were verified, and no socket has a name.
 
 use std::{
     ffi::{CString, OsStr},
@@ -162,7 +162,8 @@ pub enum Exit {
 }
 
 impl Qemu {
-    /// Starts it, confined. It is killed when the calling thread ends, so call this from the main thread, while it is the only one.
+    /// Starts it, confined. It is killed when the calling thread ends, so call this from the main thread, while it is
+    /// the only one.
     pub fn start(config: &Config<'_>) -> Result<Self, Error> {
         let system = |operation| move |e: nix::Error| Error::System { operation, source: e.into() };
         let (console, console_to) = pipe2(OFlag::O_CLOEXEC).map_err(system("make console pipe"))?;

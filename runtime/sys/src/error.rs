@@ -2,8 +2,8 @@
 
 use std::error::Error;
 
-/// An error with all its causes, as one line. What a cause says that stands at the end already, as some libraries repeat it, is
-/// left out.
+/// An error with all its causes, as one line. What a cause says that stands at the end already, as some libraries
+/// repeat it, is left out.
 pub fn chain(error: &dyn Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();

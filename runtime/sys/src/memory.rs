@@ -65,8 +65,8 @@ pub fn writev<B: BitmapSlice>(
     let iovecs = iovecs(pieces);
     let count = i32::try_from(iovecs.len()).map_err(|_| Errno::EINVAL)?;
     let offset = offset.map(libc::off64_t::try_from).transpose().map_err(|_| Errno::EINVAL)?;
-    // SAFETY: each iovec is the memory of a VolatileSlice, valid for reads for the slice's life, which `pieces` holds for
-    // the whole call.
+    // SAFETY: each iovec is the memory of a VolatileSlice, valid for reads for the slice's life, which `pieces` holds
+    // for the whole call.
     #[allow(unsafe_code)]
     let done = unsafe {
         match offset {

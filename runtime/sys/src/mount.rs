@@ -119,13 +119,14 @@ pub fn mount_id(place: BorrowedFd<'_>) -> io::Result<u64> {
     Ok(statx(place, c"", AtFlags::EMPTY_PATH, StatxFlags::MNT_ID)?.stx_mnt_id)
 }
 
-/// Unmounts the mount whose root is open, which goes as soon as nobody uses it any more. EINVAL where it is mounted nowhere.
+/// Unmounts the mount whose root is open, which goes as soon as nobody uses it any more. EINVAL where it is mounted
+/// nowhere.
 pub fn detach(root: BorrowedFd<'_>) -> io::Result<()> {
     Ok(umount2(&path_of(root), MntFlags::MNT_DETACH)?)
 }
 
-/// Unmounts what is mounted at `name` in `dir`, the topmost mount, which goes as soon as nobody uses it any more. False where
-/// nothing is mounted there. The mounted file system is not asked.
+/// Unmounts what is mounted at `name` in `dir`, the topmost mount, which goes as soon as nobody uses it any more. False
+/// where nothing is mounted there. The mounted file system is not asked.
 pub fn detach_below(dir: BorrowedFd<'_>, name: &Path) -> io::Result<bool> {
     match umount2(&path_of(dir).join(name), MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
         Ok(()) => Ok(true),

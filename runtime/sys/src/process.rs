@@ -75,8 +75,8 @@ pub fn limit_core(pid: Pid, bytes: u64) -> io::Result<()> {
     }
 }
 
-/// Sets how likely the kernel is to end a process for want of memory: oom_score_adj of proc_pid_oom_score_adj(5), from -1000
-/// (never) to 1000.
+/// Sets how likely the kernel is to end a process for want of memory: oom_score_adj of proc_pid_oom_score_adj(5), from
+/// -1000 (never) to 1000.
 pub fn set_oom_score(pid: Pid, score: i32) -> io::Result<()> {
     std::fs::write(format!("/proc/{pid}/oom_score_adj"), score.to_string())
 }
@@ -94,7 +94,8 @@ pub struct Steps<'a> {
     pub parent: Option<&'a dyn Fn(Pid) -> io::Result<()>>,
     /// In the process itself: the surroundings that it goes back to, which this process has left.
     pub surroundings: Option<&'a Surroundings>,
-    /// In the process itself, with its descriptors in place; what fails is told by name. The parent must have one thread.
+    /// In the process itself, with its descriptors in place; what fails is told by name. The parent must have one
+    /// thread.
     pub child: Option<&'a dyn Fn() -> Result<(), Failed>>,
 }
 
@@ -129,7 +130,8 @@ impl Handle {
         if fd < 0 {
             return match io::Error::last_os_error() {
                 e if e.raw_os_error() == Some(libc::ESRCH) => Ok(None),
-                // What a number that only a process group, a session or a thread still has means to kernels before 6.15.
+                // What a number that only a process group, a session or a thread still has means to kernels before
+                // 6.15.
                 e if e.raw_os_error() == Some(libc::EINVAL) && pid > 0 => Ok(None),
                 e => Err(e),
             };
@@ -338,11 +340,12 @@ fn failure(report: &[u8]) -> io::Error {
     }
 }
 
-/// The child's side: descriptors, signals, exec. Waits for a byte from `proceed` first; reports errno through `failed` and
-/// exits where it cannot.
+/// The child's side: descriptors, signals, exec. Waits for a byte from `proceed` first; reports errno through `failed`
+/// and exits where it cannot.
 ///
 /// # Safety
-/// Only in a child that was just forked, of a process with one thread where there is a step. Pointers in `args` and `env` are NUL-terminated strings, null last.
+/// Only in a child that was just forked, of a process with one thread where there is a step. Pointers in `args` and
+/// `env` are NUL-terminated strings, null last.
 #[allow(unsafe_code)]
 unsafe fn become_program(
     command: &Command<'_>,

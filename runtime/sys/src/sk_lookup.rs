@@ -1,4 +1,5 @@
-//! A listener for all ports of a network namespace's loopback addresses, by a BPF program that chooses sockets (`sk_lookup`).
+//! A listener for all ports of a network namespace's loopback addresses, by a BPF program that chooses sockets
+//! (`sk_lookup`).
 //!
 //! No port is taken and no firewall has a rule. The program is asked when a connection arrives, and is gone when its
 //! descriptor is closed.
@@ -35,8 +36,8 @@ pub struct Steering {
     _link: OwnedFd,
 }
 
-/// Directs TCP connections to 127.0.0.0/8 and ::1, whatever their port, to a listener of the same network namespace. For
-/// both families it must be of IPv6 and not for that only.
+/// Directs TCP connections to 127.0.0.0/8 and ::1, whatever their port, to a listener of the same network namespace.
+/// For both families it must be of IPv6 and not for that only.
 ///
 /// Listeners on those ports, if any, get no connections any more. `Unsupported` or `InvalidInput`: a kernel before 5.9.
 pub fn loopback(netns: BorrowedFd<'_>, listener: BorrowedFd<'_>) -> io::Result<Steering> {

@@ -43,8 +43,8 @@ impl Surroundings {
 
     /// Has a command start in these surroundings, in the directory at this path of their mounts.
     ///
-    /// Descriptors that are open without being meant for it are closed. Those that are must be added to the command after
-    /// this call. Takes `CAP_SYS_ADMIN` and `CAP_SYS_CHROOT`.
+    /// Descriptors that are open without being meant for it are closed. Those that are must be added to the command
+    /// after this call. Takes `CAP_SYS_ADMIN` and `CAP_SYS_CHROOT`.
     pub fn surround(self: &Arc<Self>, command: &mut Command, directory: &Path) -> io::Result<()> {
         let surroundings = Arc::clone(self);
         let directory = CString::new(directory.as_os_str().as_bytes())?;

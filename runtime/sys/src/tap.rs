@@ -80,7 +80,8 @@ pub fn set_queue(tap: impl AsFd, attached: bool) -> io::Result<()> {
 }
 
 /// Opens a queue of a tap that is made if it does not exist, close-on-exec. `tun` is an open `/dev/net/tun`, which
-/// becomes that queue. Fails with `EBUSY` for an [`EXCLUSIVE`] one that exists. Needs `CAP_NET_ADMIN` over the network namespace.
+/// becomes that queue. Fails with `EBUSY` for an [`EXCLUSIVE`] one that exists. Needs `CAP_NET_ADMIN` over the network
+/// namespace.
 pub fn attach(tun: impl AsFd, name: &str, flags: i32) -> io::Result<()> {
     let mut request = request(flags)?;
     // The last byte stays zero.

@@ -109,8 +109,8 @@ pub enum Error {
 pub struct Endpoint(UnixListener);
 
 impl Endpoint {
-    /// Makes one, and the VMM's end for it to inherit. A name exists in `dir`, which only we may write, for the length of
-    /// this call.
+    /// Makes one, and the VMM's end for it to inherit. A name exists in `dir`, which only we may write, for the length
+    /// of this call.
     pub fn new(dir: &Path, device: &str) -> Result<(Self, UnixStream), Error> {
         Self::connect(dir, device).map_err(|source| Error::Socket { dir: dir.display().to_string(), source })
     }

@@ -362,7 +362,8 @@ mod tests {
     const SOON: Duration = Duration::from_millis(50);
     const LATE: Duration = Duration::from_secs(60);
 
-    /// A vmm process that does nothing, and the other end of its channel. `outlives_parent`, since tests are on threads.
+    /// A vmm process that does nothing, and the other end of its channel. `outlives_parent`, since tests are on
+    /// threads.
     fn started(script: &str) -> (Started, Channel) {
         let (channel, theirs) = Channel::pair().unwrap();
         let command = Command {

@@ -90,8 +90,8 @@ fn limits() -> Result<(), Error> {
 /// What every distribution sets and containers count on.
 fn settings() -> Result<(), Error> {
     for (file, value) in [
-        // That is not one of these: how much of memory a CPU may keep in free lists of its own, from which nothing goes back to the
-        // host. By the kernel's own choice that is 28 MiB of 1 GiB where there is one CPU.
+        // That is not one of these: how much of memory a CPU may keep in free lists of its own, from which nothing goes
+        // back to the host. By the kernel's own choice that is 28 MiB of 1 GiB where there is one CPU.
         ("/proc/sys/vm/percpu_pagelist_high_fraction", "1000"),
         ("/proc/sys/kernel/pid_max", "4194304"),
         ("/proc/sys/fs/protected_hardlinks", "1"),

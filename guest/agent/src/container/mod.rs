@@ -1,7 +1,7 @@
 //! What happens in a worker: a child that PID 1 has forked for one call of libcontainer.
 //!
-//! libcontainer forks too: an intermediate process, and from that the container's process as a child of the worker. When
-//! the worker exits, after it has sent its result, PID 1 becomes the parent and learns how the process ends.
+//! libcontainer forks too: an intermediate process, and from that the container's process as a child of the worker.
+//! When the worker exits, after it has sent its result, PID 1 becomes the parent and learns how the process ends.
 
 mod console;
 mod devices;

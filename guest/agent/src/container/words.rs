@@ -12,7 +12,8 @@ use crate::log::{self, Log, Sink};
 
 /// Most bytes of log that are read of one call.
 const READ: u64 = 256 * 1024;
-/// Most bytes of log that are passed on: with an error's text they must fit into a message, whatever JSON makes of them.
+/// Most bytes of log that are passed on: with an error's text they must fit into a message, whatever JSON makes of
+/// them.
 const KEPT: usize = 12 * 1024;
 /// Most bytes of one line, and of an error's text.
 const LINE: usize = 2 * 1024;

@@ -1,7 +1,8 @@
 //! PID 1 after the boot: one thread and one poll loop.
 //!
-//! It starts the server and starts it again, forks a worker for each call of libcontainer, reaps whatever ends, and keeps
-//! the [`table`] of all that must outlive a server. It never waits for anybody: what the server does not read is queued.
+//! It starts the server and starts it again, forks a worker for each call of libcontainer, reaps whatever ends, and
+//! keeps the [`table`] of all that must outlive a server. It never waits for anybody: what the server does not read is
+//! queued.
 
 mod reap;
 mod supervise;

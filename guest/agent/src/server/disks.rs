@@ -67,9 +67,9 @@ fn put(spec: &mut Spec, disks: &[(&Disk, Found)]) {
     }
 }
 
-/// libcontainer takes `ro` as a property of the mount, which leaves the file system below it writable: one that cannot be,
-/// since its disk is not, is refused then. In this spelling the option passes it by, and reaches the kernel, which only looks
-/// at the name.
+/// libcontainer takes `ro` as a property of the mount, which leaves the file system below it writable: one that cannot
+/// be, since its disk is not, is refused then. In this spelling the option passes it by, and reaches the kernel, which
+/// only looks at the name.
 fn read_only(mount: &mut Mount) {
     if let Some(options) = mount.options_mut().as_mut().filter(|options| options.iter().any(|option| option == "ro")) {
         options.push("ro=1".into());

@@ -3,8 +3,8 @@
 //! It owns nothing that cannot be had again: processes, their stdio and their exits are in PID 1's table, containers in
 //! libcontainer's state and in cgroups. It never forks; PID 1 does, see [`link`].
 //!
-//! One thread, but for moments in another network namespace. State is changed between awaits, under a lock that is never
-//! held across one.
+//! One thread, but for moments in another network namespace. State is changed between awaits, under a lock that is
+//! never held across one.
 
 mod cgroup;
 mod containers;

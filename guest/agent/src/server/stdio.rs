@@ -75,8 +75,8 @@ pub async fn output(ends: Ends, stream: Stream, link: Arc<Link>, key: Key) {
 
 /// Both ways between a terminal and the host, until the process has ended and every other one has closed the terminal.
 ///
-/// A terminal that no process has open reads as EIO. Its process may open it again: systemd closes the console for a while.
-/// So one end stays open here until `exit` tells of the process's end.
+/// A terminal that no process has open reads as EIO. Its process may open it again: systemd closes the console for a
+/// while. So one end stays open here until `exit` tells of the process's end.
 pub async fn terminal(
     host: OwnedFd,
     terminal: Terminal,

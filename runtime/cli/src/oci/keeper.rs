@@ -1,12 +1,12 @@
 //! The keeper: one process on the host for each process of a container, which stands for it.
 //!
-//! Callers of a runtime wait for the pid that `create` or `exec` names, take its exit status for the process's, signal it,
-//! and look up namespaces and the cgroup by it. The keeper is that pid: the child of whoever called (or of their subreaper), in
-//! the namespaces and the cgroup of the container's anchor, ended with the container's own status.
+//! Callers of a runtime wait for the pid that `create` or `exec` names, take its exit status for the process's, signal
+//! it, and look up namespaces and the cgroup by it. The keeper is that pid: the child of whoever called (or of their
+//! subreaper), in the namespaces and the cgroup of the container's anchor, ended with the container's own status.
 //!
-//! The keeper of the init is the parent of the sandbox's daemon too, which the kernel kills when the keeper ends, and with
-//! the daemon everything below it. So nothing of a container runs on without its keeper, whatever killed that; and what is
-//! left then is in the sandbox's journal, which `delete` replays.
+//! The keeper of the init is the parent of the sandbox's daemon too, which the kernel kills when the keeper ends, and
+//! with the daemon everything below it. So nothing of a container runs on without its keeper, whatever killed that; and
+//! what is left then is in the sandbox's journal, which `delete` replays.
 
 use std::{
     env,
@@ -95,8 +95,8 @@ pub enum What {
     },
 }
 
-/// Starts a keeper with the caller's standard streams, and `terminal` if it has one of its own, and waits until its process
-/// is there. It is killed when the caller ends before that; and at any time, if it is not detached.
+/// Starts a keeper with the caller's standard streams, and `terminal` if it has one of its own, and waits until its
+/// process is there. It is killed when the caller ends before that; and at any time, if it is not detached.
 pub fn start(job: &Job, terminal: Option<OwnedFd>) -> Result<Process, Error> {
     let said = || -> io::Result<(Process, Channel)> {
         let (ours, theirs) = Channel::pair()?;
@@ -282,7 +282,8 @@ impl Kept<'_> {
             }
         };
         copies.finish();
-        // The daemon ends with us. It answers in turn: this is the last answer, after those of all who wait for this end.
+        // The daemon ends with us. It answers in turn: this is the last answer, after those of all who wait for this
+        // end.
         let _ = task.status().await;
         Ok(status)
     }

@@ -1,8 +1,8 @@
 //! Containers without containerd: runc's command line, and `vz run` on a bundle.
 //!
-//! Everything is done by the shim's own daemon, which these commands start and ask as containerd would: there is one way to
-//! run a container. What is added is what a caller of runc expects: a state directory, a process to wait for (the
-//! [`keeper`]), and the standard streams that it has left.
+//! Everything is done by the shim's own daemon, which these commands start and ask as containerd would: there is one
+//! way to run a container. What is added is what a caller of runc expects: a state directory, a process to wait for
+//! (the [`keeper`]), and the standard streams that it has left.
 
 use std::{
     env,

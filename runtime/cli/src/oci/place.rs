@@ -1,6 +1,6 @@
 //! Where a keeper is on the host: in the cgroups of its container's anchor, in its network namespace, and in its mount
-//! namespace, whose root is the container's. There the keeper mounts the container's volumes, for those who come through its
-//! pid to copy files.
+//! namespace, whose root is the container's. There the keeper mounts the container's volumes, for those who come
+//! through its pid to copy files.
 
 use std::{
     fs::{self, File},

@@ -9,8 +9,8 @@
 //! | `shim.log` | what the daemon says |
 //! | `config.toml` | what `--kernel-profile` adds to the configuration |
 //!
-//! The directory is locked (flock) while its container is being made or taken away. What the sandbox itself owns is in its
-//! journal, below /run/vz.
+//! The directory is locked (flock) while its container is being made or taken away. What the sandbox itself owns is in
+//! its journal, below /run/vz.
 
 use std::{
     collections::BTreeMap,

@@ -1,8 +1,8 @@
 //! A container's standard streams, between the descriptors that its caller left and the daemon.
 //!
-//! The daemon opens pipes, by their place in /proc, and waits for them as it likes: what it opens is its own, so a caller
-//! never finds its descriptors changed. A caller's pipe is handed on as it is; for everything else (a terminal, a file, a
-//! socket) there is a pipe of ours and a thread that copies, with calls that block.
+//! The daemon opens pipes, by their place in /proc, and waits for them as it likes: what it opens is its own, so a
+//! caller never finds its descriptors changed. A caller's pipe is handed on as it is; for everything else (a terminal,
+//! a file, a socket) there is a pipe of ours and a thread that copies, with calls that block.
 
 use std::{
     fs::{File, OpenOptions},

@@ -1,5 +1,5 @@
-//! Terminals on the host's side. The guest's does all the work (echo, line editing, signals by keys), so that of the host is
-//! raw: it carries bytes.
+//! Terminals on the host's side. The guest's does all the work (echo, line editing, signals by keys), so that of the
+//! host is raw: it carries bytes.
 
 use std::{
     fs::{File, OpenOptions},

@@ -22,8 +22,8 @@ thread_local! {
     static ROOM: OnceCell<Result<OwnedFd, String>> = const { OnceCell::new() };
 }
 
-/// A small file system of this thread's own: what a guest creates, and allocates, stays in there. It is attached nowhere, so that it hides
-/// nothing, and ends with its descriptor.
+/// A small file system of this thread's own: what a guest creates, and allocates, stays in there. It is attached
+/// nowhere, so that it hides nothing, and ends with its descriptor.
 fn room() -> Result<PathBuf, String> {
     let make = || {
         let failed = |e: rustix::io::Errno| format!("a share needs a tmpfs of its own: {e}");
@@ -51,9 +51,10 @@ pub(crate) enum Data {
     Raw(Bytes),
 }
 
-/// Opcodes, those more than once that others need, each with what its request consists of: `i` an inode, `h` a handle, `w` and `W` a number of 32 and 64 bits, `s` the
-/// size of the data, `m` a mode, `f` flags of open, `p` nothing, `n` a name, `a` that of a list of access rights, `d` data, `o` an owner of locks, `l` a lock's type,
-/// `k` whether it is of flock(2), `u` the number of all requests.
+/// Opcodes, those more than once that others need, each with what its request consists of: `i` an inode, `h` a handle,
+/// `w` and `W` a number of 32 and 64 bits, `s` the size of the data, `m` a mode, `f` flags of open, `p` nothing, `n` a
+/// name, `a` that of a list of access rights, `d` data, `o` an owner of locks, `l` a lock's type, `k` whether it is of
+/// flock(2), `u` the number of all requests.
 const REQUESTS: [(u32, &str); 54] = [
     (1, "n"),
     (1, "n"),

@@ -1,4 +1,5 @@
-//! Short programs on a real KVM. They have no device and no interrupt, so that also a KVM that runs no kernel runs them.
+//! Short programs on a real KVM. They have no device and no interrupt, so that also a KVM that runs no kernel runs
+//! them.
 
 use std::{
     io::{self, Write},

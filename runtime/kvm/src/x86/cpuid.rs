@@ -1,7 +1,7 @@
 //! CPUID as each vCPU sees it: what KVM can give, with the topology of this VM instead of the host's.
 //!
-//! The guest has one package with as many cores as vCPUs, one thread each. What would only mislead it is taken away: the
-//! performance counters, and virtualization of its own.
+//! The guest has one package with as many cores as vCPUs, one thread each. What would only mislead it is taken away:
+//! the performance counters, and virtualization of its own.
 
 use kvm_bindings::{CpuId, kvm_cpuid_entry2};
 

@@ -1,7 +1,7 @@
 //! The frequency of the time-stamp counter, which the guest's clock runs by.
 //!
-//! Where the processor does not state it, it is measured against the host's clock. The first sample is kept until the host
-//! reboots, so that only the first sandbox waits, and the longer ago it was, the more exact the result.
+//! Where the processor does not state it, it is measured against the host's clock. The first sample is kept until the
+//! host reboots, so that only the first sandbox waits, and the longer ago it was, the more exact the result.
 
 use std::{
     fs,

@@ -17,8 +17,8 @@ const LEAST: u64 = 4096;
 
 /// Where console output goes.
 ///
-/// The file is never larger than its limit: when it is full, its older half is dropped. So its name and descriptor stay the
-/// same, which a process that can open nothing any more needs.
+/// The file is never larger than its limit: when it is full, its older half is dropped. So its name and descriptor stay
+/// the same, which a process that can open nothing any more needs.
 #[derive(Debug)]
 pub(super) struct Console {
     file: Option<File>,

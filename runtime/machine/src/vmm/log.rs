@@ -1,7 +1,7 @@
 //! Log lines on stderr, which the shim forwards: `level=warn sandbox=default/x msg="what happened" key=value`.
 //!
-//! What a guest does can make us log, so the rate is bounded for the whole process; how many lines were left out is said
-//! in the next one.
+//! What a guest does can make us log, so the rate is bounded for the whole process; how many lines were left out is
+//! said in the next one.
 
 use std::{
     fmt::{self, Write as _},

@@ -1,11 +1,11 @@
 //! The `vmm` process: runs one VM for the shim that started it, and dies with either.
 //!
-//! It is pid 1 of a pid namespace, so that nothing in there outlives it, and starts in a mount namespace in which the share
-//! is a shared mount. One thread, the main one, talks to the shim and watches the machine; each device has threads of
-//! its own.
+//! It is pid 1 of a pid namespace, so that nothing in there outlives it, and starts in a mount namespace in which the
+//! share is a shared mount. One thread, the main one, talks to the shim and watches the machine; each device has
+//! threads of its own.
 //!
-//! Threat: the guest, through the devices and its console, see `vz-virtio`; and QEMU, which a guest may have taken over.
-//! Neither can reach the shim but through the events below.
+//! Threat: the guest, through the devices and its console, see `vz-virtio`; and QEMU, which a guest may have taken
+//! over. Neither can reach the shim but through the events below.
 
 use std::{
     io,

@@ -12,7 +12,8 @@ pub const INITRAMFS_BYTES: &[u8] = include_bytes!("../payload/initramfs.zst");
 pub const AGENT_BYTES: &[u8] = include_bytes!("../payload/agent.zst");
 /// The static youki program, compressed with the agent as the dictionary.
 pub const YOUKI_BYTES: &[u8] = include_bytes!("../payload/youki.zst");
-/// Debian's static BusyBox, compressed. It is not part of the bundle: it is for those who append a second archive to the initramfs.
+/// Debian's static BusyBox, compressed. It is not part of the bundle: it is for those who append a second archive to
+/// the initramfs.
 pub const BUSYBOX_BYTES: &[u8] = include_bytes!("../payload/busybox.zst");
 /// The bill of materials (`sbom.cdx.json`), compressed.
 pub const SBOM_BYTES: &[u8] = include_bytes!("../payload/sbom.zst");
@@ -64,8 +65,8 @@ impl Part {
         }
     }
 
-    /// Writes it to `to`, decompressed, and returns how many bytes these were. Memory is needed for a window, and for the agent
-    /// where that is the dictionary: 6 MiB each.
+    /// Writes it to `to`, decompressed, and returns how many bytes these were. Memory is needed for a window, and for
+    /// the agent where that is the dictionary: 6 MiB each.
     pub fn write_to(self, to: &mut dyn Write) -> io::Result<u64> {
         if matches!(self, Self::Initramfs | Self::Youki) {
             let agent = Self::Agent.decompress()?;

@@ -1,7 +1,7 @@
 //! virtio-blk (virtio 1.3, section 5.2): a disk that is an image file or a block device of the host.
 //!
-//! Each queue is a backend of its own, so that each has a thread; all share the file. Requests of a queue are done one by
-//! one, by the thread that serves it, through the host's page cache. Nothing is opened here.
+//! Each queue is a backend of its own, so that each has a thread; all share the file. Requests of a queue are done one
+//! by one, by the thread that serves it, through the host's page cache. Nothing is opened here.
 //!
 //! A guest that has accepted flushes decides when its writes are made to last; for one that has not, each write is.
 //! Discarded ranges become holes, which read as zeros.

@@ -1,9 +1,9 @@
 //! Which opened files may keep the pages that the guest has cached, and what closing them costs.
 //!
-//! By default every open drops a file's cached pages, since the host may have changed it: each program start would read its
-//! libraries again, and drop them under everybody who has them mapped. A file that is the same as when it was opened before
-//! may keep its pages. "The same" is inode change time, modification time and size; the change time moves with every
-//! write, whatever `cp -p` or `touch` make of the other.
+//! By default every open drops a file's cached pages, since the host may have changed it: each program start would read
+//! its libraries again, and drop them under everybody who has them mapped. A file that is the same as when it was
+//! opened before may keep its pages. "The same" is inode change time, modification time and size; the change time moves
+//! with every write, whatever `cp -p` or `touch` make of the other.
 //!
 //! Time stamps are coarse: two writes within one tick look like one. So a file counts only where its last change is
 //! [`QUIET`] ago at both opens, by which time a further change must show.
@@ -23,8 +23,8 @@ pub(super) struct Stamp {
     modified: (u64, u32),
 }
 
-/// Options for a file that is opened with these flags and had these attributes right before, at `now`. `known` is how it
-/// was when the guest opened it last.
+/// Options for a file that is opened with these flags and had these attributes right before, at `now`. `known` is how
+/// it was when the guest opened it last.
 pub(super) fn options(known: &mut Option<Stamp>, flags: u32, attr: &Attr, now: SystemTime) -> OpenOptions {
     let flags = flags.cast_signed();
     let mut options = OpenOptions::empty();

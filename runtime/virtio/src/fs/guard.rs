@@ -116,8 +116,8 @@ impl<F: FileSystem> Files for Guarded<F> {
     }
 }
 
-/// A file system that has no access control lists has none for a file. The guest's kernel, which asks before it lets anyone
-/// but the owner and root at a file, would take any other error for its answer to them.
+/// A file system that has no access control lists has none for a file. The guest's kernel, which asks before it lets
+/// anyone but the owner and root at a file, would take any other error for its answer to them.
 fn without_lists(name: &CStr, e: io::Error) -> io::Error {
     let of_list = matches!(name.to_bytes(), b"system.posix_acl_access" | b"system.posix_acl_default");
     match e.raw_os_error() {

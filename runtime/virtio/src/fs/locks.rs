@@ -2,19 +2,20 @@
 //! VMs and the host see them.
 //!
 //! - flock(2) belongs to an open file, in the guest and here: it is taken on the guest's handle.
-//! - A POSIX lock belongs to a process and a file, however often the process opened the file. Each such pair, an *owner*,
-//!   has an open file description of its own here, with OFD locks: two owners exclude each other, one never itself.
+//! - A POSIX lock belongs to a process and a file, however often the process opened the file. Each such pair, an
+//!   *owner*, has an open file description of its own here, with OFD locks: two owners exclude each other, one never
+//!   itself.
 //! - An OFD lock of the guest comes as a POSIX lock whose owner is the open file.
 //!
 //! POSIX locks end with the first close of the file by their process (FLUSH), OFD locks with the last one of their open
 //! file (RELEASE), all of them with the session, and with this process.
 //!
-//! Who waits for a lock has a thread here that waits in the host's kernel, and an answer later: the queue's own thread goes
-//! on. Threads are few; beyond them requests queue up, which a thread that is done takes on, and which are tried again
-//! when the guest itself gives up a lock on their file.
+//! Who waits for a lock has a thread here that waits in the host's kernel, and an answer later: the queue's own thread
+//! goes on. Threads are few; beyond them requests queue up, which a thread that is done takes on, and which are tried
+//! again when the guest itself gives up a lock on their file.
 //!
-//! Threat: the guest chooses owners, ranges and numbers of requests. Owners, ranges, threads and requests that wait have
-//! bounds, beyond which it gets ENOLCK; one owner that waits in vain holds up nobody else's.
+//! Threat: the guest chooses owners, ranges and numbers of requests. Owners, ranges, threads and requests that wait
+//! have bounds, beyond which it gets ENOLCK; one owner that waits in vain holds up nobody else's.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -701,7 +702,8 @@ impl Table {
     /// The description of the request's owner, opened if need be.
     fn owner(&mut self, files: &impl Files, request: &Request) -> io::Result<Arc<File>> {
         let flags = files.with(request.inode, request.handle, |file| Ok(fcntl(file, FcntlArg::F_GETFL)?))?;
-        // Not for writing without need: that would copy a file of an image's layer up, and keep a program from being started.
+        // Not for writing without need: that would copy a file of an image's layer up, and keep a program from being
+        // started.
         let write = flags & libc::O_ACCMODE != libc::O_RDONLY;
         if self.ranges >= RANGES && request.range.kind != Kind::Unlock {
             return Err(Errno::ENOLCK.into());

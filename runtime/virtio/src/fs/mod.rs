@@ -7,11 +7,12 @@
 //! descriptors that were opened in there cannot reach out of it.
 //!
 //! What the guest sees is what is in the directory now: the host changes files under a running guest (bind mounts of
-//! single files, `cp`, volumes of several sandboxes). So there is no write-back cache, an open drops cached pages unless
-//! the file is the one that was cached (`cache`), and names and attributes are believed for [`Config::cache`] only.
+//! single files, `cp`, volumes of several sandboxes). So there is no write-back cache, an open drops cached pages
+//! unless the file is the one that was cached (`cache`), and names and attributes are believed for [`Config::cache`]
+//! only.
 //!
-//! Threat: see the crate. virtiofsd does not check names; [`guard::Guarded`] does. It also splits a reply buffer without
-//! looking at its size; [`FsQueue`] looks before.
+//! Threat: see the crate. virtiofsd does not check names; [`guard::Guarded`] does. It also splits a reply buffer
+//! without looking at its size; [`FsQueue`] looks before.
 
 use std::{
     fs::File,
@@ -87,8 +88,8 @@ pub struct Config {
     pub request_queues: u16,
     /// `/proc/self/fd` of this process, where the root has no `/proc`.
     pub proc_self_fd: Option<File>,
-    /// How long the guest believes names and attributes, and that a name is not there: a program's start asks for dozens of
-    /// those, the same ones again and again (`PATH`, the dynamic linker's directories).
+    /// How long the guest believes names and attributes, and that a name is not there: a program's start asks for
+    /// dozens of those, the same ones again and again (`PATH`, the dynamic linker's directories).
     pub cache: Duration,
     /// Most descriptors that the guest's inodes and open files may take.
     pub fd_limit: u64,
@@ -140,7 +141,8 @@ impl Fs {
             attr_timeout: cache,
             writeback: false,
             xattr: true,
-            // Setuid bits are cleared here, so that the guest need not ask for a capability attribute before each write.
+            // Setuid bits are cleared here, so that the guest need not ask for a capability attribute before each
+            // write.
             killpriv_v2: true,
             // Without, files of different mounts can have the same device and inode number in the guest.
             announce_submounts: true,
@@ -349,8 +351,8 @@ fn handle(
     if writer.available_bytes() >= REPLY_HEADER {
         return server.serve(reader, writer).map(Some).map_err(BadRequest::Server);
     }
-    // virtiofsd panics where it wants to reply and there is no room. It reads the opcode itself, and the guest can change
-    // it in between: so the requests without reply are done here, from a copy.
+    // virtiofsd panics where it wants to reply and there is no room. It reads the opcode itself, and the guest can
+    // change it in between: so the requests without reply are done here, from a copy.
     let mut header = [0u8; REQUEST_HEADER];
     reader.read_exact(&mut header).map_err(|_| BadRequest::Short(0))?;
     let mut fields = header.as_slice();
@@ -385,7 +387,8 @@ fn handle(
     Ok(Some(0))
 }
 
-/// What a request wants, where its first buffer says so. The guest can change it at any time: who acts on it reads it once.
+/// What a request wants, where its first buffer says so. The guest can change it at any time: who acts on it reads it
+/// once.
 fn opcode(memory: &Memory, chain: &Chain<'_>) -> Option<u32> {
     let first = chain.clone().readable().next()?;
     let address = first.addr().checked_add(4).filter(|_| first.len() >= 8)?;

@@ -2,15 +2,15 @@
 //!
 //! virtiofsd keeps a descriptor for each inode that the guest knows, and a process has only so many. The guest's kernel
 //! forgets inodes when it is short of memory, not when we are short of descriptors. So the number that the guest has is
-//! ours, and virtiofsd's inode behind it comes and goes: those that were not used for the longest time are given back, and
-//! looked up again by the name under which the guest found them, beneath the share as every lookup is.
+//! ours, and virtiofsd's inode behind it comes and goes: those that were not used for the longest time are given back,
+//! and looked up again by the name under which the guest found them, beneath the share as every lookup is.
 //!
-//! Found again, a file has to be the one that it was, by inode number and type: otherwise the guest gets ESTALE, upon which
-//! its kernel looks the name up anew. Renames and removals by the guest move and take the names. Inodes that are in use,
-//! open, without a name or the root of a mount stay.
+//! Found again, a file has to be the one that it was, by inode number and type: otherwise the guest gets ESTALE, upon
+//! which its kernel looks the name up anew. Renames and removals by the guest move and take the names. Inodes that are
+//! in use, open, without a name or the root of a mount stay.
 //!
-//! Threat: the guest decides what it looks up and what it never forgets. That costs memory of this process, which is the
-//! sandbox's; there are [`MOST`] nodes and no more. A name that is kept was looked up before, and checked.
+//! Threat: the guest decides what it looks up and what it never forgets. That costs memory of this process, which is
+//! the sandbox's; there are [`MOST`] nodes and no more. A name that is kept was looked up before, and checked.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -590,8 +590,8 @@ impl Nodes {
         self.settle(fs, table);
     }
 
-    /// Makes room for an open file and its inode. A quarter is left to inodes that come and go: with all of it open, the
-    /// guest could not even name the files that it knows.
+    /// Makes room for an open file and its inode. A quarter is left to inodes that come and go: with all of it open,
+    /// the guest could not even name the files that it knows.
     pub(super) fn make_room_to_open<F: FileSystem>(&self, fs: &F) -> io::Result<()> {
         let (handles, open) = (self.handles.load(Ordering::Relaxed), self.open.load(Ordering::Relaxed));
         if handles.saturating_add(open).saturating_add(2) > self.share() {

@@ -1,11 +1,11 @@
 //! virtio-net (virtio 1.3, section 5.1) on the queues of a tap.
 //!
-//! A queue pair is a backend of its own, with one queue of the tap, so that each can have a thread. Frames go between the
-//! tap and the guest's buffers without a copy in between; checksums and the cutting of long frames are left to whoever
-//! gets them in the end.
+//! A queue pair is a backend of its own, with one queue of the tap, so that each can have a thread. Frames go between
+//! the tap and the guest's buffers without a copy in between; checksums and the cutting of long frames are left to
+//! whoever gets them in the end.
 //!
-//! The tap belongs to the device: its header size and offloads are set when the guest's driver has accepted features, and
-//! queues that the guest does not use are detached from it.
+//! The tap belongs to the device: its header size and offloads are set when the guest's driver has accepted features,
+//! and queues that the guest does not use are detached from it.
 //!
 //! Threat: see the crate. The header before each frame is the guest's, and is the kernel's to check; what it does not
 //! take is dropped and counted, as are frames for which a guest has no room. Bounds: [`BATCH`] frames of a direction

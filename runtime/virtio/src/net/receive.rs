@@ -1,8 +1,8 @@
 //! Frames from the port to the guest.
 //!
 //! A frame goes straight into the guest's buffers. Its length is known only when it has been read, so buffers for the
-//! longest possible frame are gathered before, and those that it did not need are kept for the next. Where the guest has
-//! fewer, the frame is read into a buffer of the device's, and waits there for room.
+//! longest possible frame are gathered before, and those that it did not need are kept for the next. Where the guest
+//! has fewer, the frame is read into a buffer of the device's, and waits there for room.
 
 use std::{collections::VecDeque, io};
 

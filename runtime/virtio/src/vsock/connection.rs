@@ -293,8 +293,8 @@ impl Connection {
         }
         self.guest_deaf = true;
         if let Some(stream) = &mut self.stream {
-            // Closing a socket that holds unread data would turn the other end's end of file into an error: read it all.
-            // No more can come after the shutdown, which only fails where there is no other end.
+            // Closing a socket that holds unread data would turn the other end's end of file into an error: read it
+            // all. No more can come after the shutdown, which only fails where there is no other end.
             let _ = stream.shutdown(Shutdown::Read);
             let mut waste = [0; 4096];
             while matches!(stream.read(&mut waste), Ok(1..)) {}

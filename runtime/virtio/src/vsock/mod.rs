@@ -4,8 +4,8 @@
 //! port on the list that the device was made with. Either way the host's end is one end of a socketpair, handed out by
 //! [`Handle::next`]. Everything else that the guest addresses is reset.
 //!
-//! Bounds, whatever the guest does: [`DIALS`] and [`GUEST_MADE`] connections, [`connection::BUFFER`] bytes for each, and
-//! [`RESETS`] packets that answer nonsense; the guest's queue is not read while there are more.
+//! Bounds, whatever the guest does: [`DIALS`] and [`GUEST_MADE`] connections, [`connection::BUFFER`] bytes for each,
+//! and [`RESETS`] packets that answer nonsense; the guest's queue is not read while there are more.
 
 use std::{
     collections::{HashMap, HashSet, VecDeque},
