@@ -6,7 +6,7 @@
 //! 2. [`enter_root`]: the root is the share and nothing else. What was not opened before cannot be opened any more.
 //! 3. [`restrict`]: every capability but those that serving files needs, and every system call that no thread needs.
 //! 4. [`enter`], by each thread, before it touches anything of the guest's: what its [`Role`] does not need. The
-//!   process's first thread is the last to do so, as threads inherit what their maker may.
+//!    process's first thread is the last to do so, as threads inherit what their maker may.
 //!
 //! Threat: a guest that has taken over a thread. Threads share an address space, so what one of them may, the others
 //! may have done for them; the boundary is the process's: root, namespaces and the filter of [`restrict`]. Roles make
