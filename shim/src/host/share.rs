@@ -684,7 +684,7 @@ mod tests {
             let place = share.place("c1").unwrap();
             match place.mount_rootfs(&[overlay], Path::new("/")) {
                 Err(Error::Rootfs { source, .. }) if source.to_string().contains("ENODEV") => {
-                    return vz_tally::skip!(test: "share::tests::layers_with_long_paths_fit_into_a_page", "no overlayfs");
+                    return vz_tally::skip!(test: "host::share::tests::layers_with_long_paths_fit_into_a_page", "no overlayfs");
                 }
                 other => other.unwrap(),
             }
