@@ -84,7 +84,7 @@ pub fn main(flags: &Flags) -> ExitCode {
     let prepared = match prepare(flags, &identity) {
         Ok(prepared) => prepared,
         Err(error) => {
-            let dir = Journal::dir(&flags.namespace, &flags.id);
+            let dir = vz_state::dir(&flags.namespace, &flags.id);
             if let Err(error) = unwind::unwind(&dir, |_, _| ()) {
                 tracing::error!(error = chain(&error), "clean up");
             }
@@ -135,7 +135,7 @@ fn prepare(flags: &Flags, identity: &Identity) -> Result<Prepared, Error> {
     if let Err(error) = raise_own_open_files() {
         tracing::warn!(%error, "limit of open files stays as it is");
     }
-    let dir = Journal::dir(&identity.namespace, &identity.id);
+    let dir = vz_state::dir(&identity.namespace, &identity.id);
     let journal = Journal::create(&dir)?;
     journal.process(journal::SHIM, nix::unistd::Pid::this().as_raw())?;
     let path = PathBuf::from(flags.socket.trim_start_matches("unix://"));
@@ -146,7 +146,7 @@ fn prepare(flags: &Flags, identity: &Identity) -> Result<Prepared, Error> {
 }
 
 async fn serve(identity: Identity, prepared: Prepared, listener: UnixListener, report: Report) -> ExitCode {
-    let dir = Journal::dir(&identity.namespace, &identity.id);
+    let dir = vz_state::dir(&identity.namespace, &identity.id);
     let address = env::var("TTRPC_ADDRESS").unwrap_or_default();
     let (publisher, queue) = events::publisher(&identity.namespace, &address);
     let mut forwarding = tokio::spawn(queue.run());

@@ -26,9 +26,9 @@ pub enum Error {
         "the guest agent has version {found:?}, the guest bundle names {wanted:?}: build or install the bundle again"
     )]
     Version {
-        /// What it says.
+        /// The agent's version.
         found: String,
-        /// What version.json says.
+        /// The version that version.json names.
         wanted: String,
     },
     /// No entropy for the guest.

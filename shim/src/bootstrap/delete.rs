@@ -8,20 +8,18 @@ use std::{
 
 use containerd_shim_protos::{api::DeleteResponse, protobuf::Message};
 use vz_config::Config;
-use vz_sys::error::chain;
+use vz_sys::{error::chain, fork::KILLED};
 
 use super::{
     error::{Error, fail},
     watcher,
 };
-use crate::host::{hooks, journal::Journal, unwind};
+use crate::host::{hooks, unwind};
 
 /// How long processes and cgroups may take to end. containerd gives `delete` five seconds in all.
 const DELETE_DEADLINE: Duration = Duration::from_secs(4);
 /// The same where nobody waits.
 const WATCHER_DEADLINE: Duration = Duration::from_secs(60);
-/// Exit status of a task whose shim has died.
-const KILLED: u32 = 137;
 
 /// Takes away everything that the sandbox in `dir` owns, and runs the hooks that are due then. What is left is the
 /// error.
@@ -50,7 +48,7 @@ pub fn take_away(dir: &Path, time: Duration) -> Result<(), Error> {
 /// logs what is said here. The journal has what is left: a watcher goes on with it, and the next `start` with this id
 /// tries again.
 pub fn delete(namespace: &str, id: &str) -> Result<Vec<u8>, Error> {
-    if let Err(error) = take_away(&Journal::dir(namespace, id), DELETE_DEADLINE) {
+    if let Err(error) = take_away(&vz_state::dir(namespace, id), DELETE_DEADLINE) {
         drop(writeln!(io::stderr(), "{}", chain(&error)));
         if let Err(error) = watcher::go_on(namespace, id) {
             drop(writeln!(io::stderr(), "{}", chain(&error)));
@@ -65,5 +63,5 @@ pub fn delete(namespace: &str, id: &str) -> Result<Vec<u8>, Error> {
 /// The same where nobody waits, or is there to be told. What cannot be taken away stays in the journal for the next
 /// `start`.
 pub fn go_on(namespace: &str, id: &str) {
-    drop(take_away(&Journal::dir(namespace, id), WATCHER_DEADLINE));
+    drop(take_away(&vz_state::dir(namespace, id), WATCHER_DEADLINE));
 }

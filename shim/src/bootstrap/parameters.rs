@@ -17,6 +17,7 @@ use containerd_shim_protos::{
 };
 
 use super::error::Error;
+use crate::spec;
 
 /// Annotations that put a container into another one's sandbox, the first that is set counts.
 const GROUPS: [&str; 2] = ["io.containerd.runc.v2.group", "io.kubernetes.cri.sandbox-id"];
@@ -109,7 +110,7 @@ const DEBUG_LEVEL: i32 = containerd_shim_protos::bootstrap_api::LogLevel::LOG_LE
 
 /// Whose sandbox a container belongs to, where it is not its own.
 pub fn group(bundle: &Path) -> Option<String> {
-    let spec = oci_spec::runtime::Spec::load(bundle.join("config.json")).ok()?;
+    let spec = spec::read(bundle).ok()?;
     let annotations = spec.annotations().as_ref()?;
     GROUPS.iter().find_map(|key| annotations.get(*key)).filter(|group| !group.is_empty()).cloned()
 }

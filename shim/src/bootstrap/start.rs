@@ -63,7 +63,7 @@ pub fn start(flags: &Flags, input: &[u8]) -> Result<Vec<u8>, Error> {
     if !member {
         // Whatever an earlier sandbox of this name has left, its socket among it. A living one is another containerd's:
         // one refuses duplicate ids itself.
-        let dir = Journal::dir(&options.namespace, &options.id);
+        let dir = vz_state::dir(&options.namespace, &options.id);
         if let Some(pid) = Journal::living_shim(&dir)? {
             let (namespace, id) = (options.namespace.clone(), options.id.clone());
             return Err(Error::Living { namespace, id, pid });
@@ -136,7 +136,8 @@ fn spawn(options: &StartOptions, socket: &str, listener: UnixListener, bundle: &
         None => {
             child.kill().map_err(fail("kill the daemon"))?;
             let mut why = format!(
-                "the sandbox's daemon was not ready after {} s, and was killed: something that it needs of this host hangs",
+                "the sandbox's daemon was not ready after {} s, and was killed: something that it needs of this host \
+                 hangs",
                 START_DEADLINE.as_secs()
             );
             // Waits for its end too.
@@ -150,7 +151,7 @@ fn spawn(options: &StartOptions, socket: &str, listener: UnixListener, bundle: &
 
 /// Takes away what a daemon that was killed has left. What is in the way, where something is.
 fn left_behind(options: &StartOptions) -> Option<String> {
-    let error = take_away(&Journal::dir(&options.namespace, &options.id), START_OVER_DEADLINE).err()?;
+    let error = take_away(&vz_state::dir(&options.namespace, &options.id), START_OVER_DEADLINE).err()?;
     Some(format!("; {}", chain(&error)))
 }
 

@@ -56,7 +56,7 @@ fn watch(namespace: &str, id: &str, report: Stdio) -> Result<(), Error> {
                 .spawn()
         })
         .map_err(Error::Spawn)?;
-    Journal::add_process(&Journal::dir(namespace, id), ROLE, child.id().cast_signed())?;
+    Journal::add_process(&vz_state::dir(namespace, id), ROLE, child.id().cast_signed())?;
     Ok(())
 }
 

@@ -3,11 +3,10 @@
 use std::{sync::Arc, time::Duration};
 
 use containerd_shim_protos::events::task::TaskExit;
+use vz_sys::fork::KILLED;
 
 use super::{Container, Exit, Process, State, said::Verdict};
 
-/// Exit status of processes that are killed with their VM or their init.
-pub const KILLED: u32 = 137;
 /// How long the guest may take to report the ends of a container's exec processes after its init's.
 const REAP_DEADLINE: Duration = Duration::from_secs(2);
 

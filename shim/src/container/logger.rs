@@ -17,6 +17,7 @@ use tokio::{
     time::timeout,
 };
 use vz_sys::{
+    fd::set_nonblocking,
     process::{Command, Process, Steps},
     surroundings::Surroundings,
 };
@@ -146,8 +147,7 @@ impl Logger {
 /// A pipe for a logging program: its end to read, and ours to write.
 fn logger_pipe() -> io::Result<(OwnedFd, OwnedFd)> {
     let (read, write) = pipe2(OFlag::O_CLOEXEC)?;
-    let flags = OFlag::from_bits_retain(nix::fcntl::fcntl(write.as_fd(), nix::fcntl::FcntlArg::F_GETFL)?);
-    nix::fcntl::fcntl(write.as_fd(), nix::fcntl::FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+    set_nonblocking(&write, true)?;
     Ok((read, write))
 }
 

@@ -231,7 +231,8 @@ fn propagation(options: &[String], destination: &Path) -> Result<Propagation, Er
             "shared" | "rshared" => {
                 return Err(unsupported(
                     format!("mounts: {option} of {}", destination.display()),
-                    "what a VM mounts cannot appear on the host; use rslave, which shows the container what the host mounts",
+                    "what a VM mounts cannot appear on the host; use rslave, which shows the container what the host \
+                     mounts",
                 ));
             }
             _ => propagation,

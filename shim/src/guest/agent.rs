@@ -101,25 +101,24 @@ impl Agent {
             "guest agent is connected"
         );
         let client = AgentClient::new(Client::new(Socket::new(Answers::new(stream))));
+        self.set(State::Up(Connected(client)));
+        Ok(())
+    }
+
+    /// Changes the state, except of a link that has ended.
+    fn set(&self, to: State) {
         self.state.send_if_modified(|state| match state {
             State::Down(_) => false,
             state => {
-                *state = State::Up(Connected(client));
+                *state = to;
                 true
             }
         });
-        Ok(())
     }
 
     /// Ends the link for good: every request from now on fails with `why`.
     pub fn down(&self, why: &str) {
-        self.state.send_if_modified(|state| match state {
-            State::Down(_) => false,
-            state => {
-                *state = State::Down(why.into());
-                true
-            }
-        });
+        self.set(State::Down(why.into()));
     }
 
     /// Whether a new control connection may take the link's place: not while the one that there is works.
@@ -177,7 +176,6 @@ impl Agent {
     }
 
     /// One request. The deadline is for all of it: the agent's return, the way there, and the answer.
-    ///
     pub async fn ask_within<T, R: Message, F>(
         &self,
         deadline: Duration,
@@ -324,9 +322,8 @@ mod tests {
     #[tokio::test]
     async fn an_agent_of_the_bundle_is_connected_and_no_other() {
         let agent = link(SOON);
-        assert!(
-            matches!(hello(&agent, "0.0.1").await, Err(HandshakeError::Hello(handshake::Error::Version { found, .. })) if found == "0.0.1")
-        );
+        let error = hello(&agent, "0.0.1").await.unwrap_err();
+        assert!(matches!(error, HandshakeError::Hello(handshake::Error::Version { found, .. }) if found == "0.0.1"));
         let (ours, guest) = UnixStream::pair().unwrap();
         drop(guest);
         assert!(matches!(

@@ -17,6 +17,7 @@ use std::{
 use nix::sys::stat::{major, makedev, minor};
 use oci_spec::runtime::{LinuxDevice, LinuxDeviceCgroup, LinuxDeviceType, Mount, Spec};
 use vz_machine::control;
+use vz_sys::mount::is_bind;
 
 /// Block devices by their numbers.
 const SYSFS: &str = "/sys/dev/block";
@@ -139,7 +140,7 @@ fn add(disks: &mut Vec<Disk>, path: PathBuf, identity: Identity, read_only: bool
 /// What a mount takes its file system from, where that is a disk: an image file or a block device.
 fn source(mount: &Mount) -> Option<(&Path, Identity)> {
     let path = mount.source().as_deref().filter(|path| path.is_absolute())?;
-    if mount.typ().as_deref() == Some("bind") || has(mount, "bind") || has(mount, "rbind") {
+    if is_bind(mount.typ().as_deref(), mount.options().iter().flatten().map(String::as_str)) {
         return None;
     }
     // Where it cannot be looked at, mounting it says so.

@@ -17,7 +17,7 @@ use std::{
 
 use command_fds::CommandFdExt;
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use oci_spec::runtime::{ContainerState, Hook, Spec, StateBuilder};
+use oci_spec::runtime::{ContainerState, Hook, StateBuilder};
 use tokio::{
     io::AsyncWriteExt,
     process::Command,
@@ -26,6 +26,7 @@ use tokio::{
 use vz_sys::surroundings::Surroundings;
 
 use super::journal::{self, Journal};
+use crate::spec;
 
 /// Most bytes of a failing hook's stderr that are quoted.
 const QUOTED: u64 = 2048;
@@ -120,7 +121,7 @@ pub async fn run(
 /// Runs the poststop hooks of a container's bundle. Failures are logged only, as the runtime spec says. There is no
 /// journal after it has been replayed.
 pub async fn poststop(id: &str, bundle: &Path, journal: Option<&Journal>, launch: &Launch) {
-    let spec = match Spec::load(bundle.join("config.json")) {
+    let spec = match spec::read(bundle) {
         Ok(spec) => spec,
         Err(error) => {
             tracing::warn!(%error, bundle = %bundle.display(), "poststop hooks are unknown");

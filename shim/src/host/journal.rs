@@ -50,11 +50,6 @@ pub struct Journal {
 }
 
 impl Journal {
-    /// The state directory of a sandbox. containerd checks that both names are free of `/`.
-    pub fn dir(namespace: &str, id: &str) -> PathBuf {
-        vz_state::dir(namespace, id)
-    }
-
     /// Makes the state directory and an empty journal in it. What an earlier sandbox with this name has left behind
     /// must have been taken away.
     pub fn create(dir: &Path) -> Result<Self, Error> {

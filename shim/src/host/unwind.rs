@@ -33,17 +33,7 @@ const DEADLINE: Duration = Duration::from_secs(10);
 /// Why something could not be taken away.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The state directory.
-    #[error("{action} {path}")]
-    State {
-        /// What was tried.
-        action: &'static str,
-        /// Where.
-        path: PathBuf,
-        /// Why not.
-        source: io::Error,
-    },
-    /// The journal.
+    /// The state directory or its journal.
     #[error(transparent)]
     Journal(#[from] journal::Error),
     /// A redirection in a network namespace.
@@ -163,7 +153,7 @@ fn take_away(resource: &Resource, deadline: Instant, poststop: &mut impl FnMut(&
 
 /// Removes what is in a state directory but its journal.
 fn empty(dir: &Path, failures: &mut Vec<Error>) {
-    let list = |source| Error::State { action: "list", path: dir.to_owned(), source };
+    let list = |source| state("list", dir.to_owned(), source);
     let entries = match fs::read_dir(dir) {
         Ok(entries) => entries,
         Err(e) if e.kind() == io::ErrorKind::NotFound => return,
@@ -177,7 +167,7 @@ fn empty(dir: &Path, failures: &mut Vec<Error>) {
             if path.is_dir() && !path.is_symlink() {
                 match umount2(&path, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
                     Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => remove(&path, fs::remove_dir),
-                    Err(e) => Err(Error::State { action: "unmount", path, source: e.into() }),
+                    Err(e) => Err(state("unmount", path, e.into())),
                 }
             } else if path.file_name().is_some_and(|name| name != vz_state::JOURNAL) {
                 remove(&path, fs::remove_file)
@@ -198,7 +188,7 @@ fn remove_directory(dir: &Path) -> Result<(), Error> {
         match fs::remove_dir(parent) {
             Ok(()) => {}
             Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::DirectoryNotEmpty) => {}
-            Err(source) => return Err(Error::State { action: "remove", path: parent.to_owned(), source }),
+            Err(source) => return Err(state("remove", parent.to_owned(), source)),
         }
     }
     Ok(())
@@ -225,6 +215,10 @@ fn ends(process: Identity, deadline: Instant) -> io::Result<bool> {
     process.hold()?.map_or(Ok(true), |handle| handle.ends(deadline))
 }
 
+fn state(action: &'static str, path: PathBuf, source: io::Error) -> Error {
+    journal::Error::State { action, path, source }.into()
+}
+
 fn failed(role: &str, pid: i32) -> impl FnOnce(io::Error) -> Error {
     move |source| Error::Kill { role: role.to_owned(), pid, source }
 }
@@ -242,9 +236,7 @@ fn take_back(netns: &Path, index: u32, link: &str) -> Result<(), Error> {
 
 fn remove(path: &Path, how: impl FnOnce(PathBuf) -> io::Result<()>) -> Result<(), Error> {
     match how(path.to_owned()) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => {
-            Err(Error::State { action: "remove", path: path.to_owned(), source: e })
-        }
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(state("remove", path.to_owned(), e)),
         _ => Ok(()),
     }
 }

@@ -36,5 +36,12 @@ macro_rules! from_parts {
     };
 }
 
-from_parts!(Host: host::cgroup::Error, host::disks::Error, host::journal::Error, host::network::Error, host::oom::Error, host::share::Error);
+from_parts!(
+    Host: host::cgroup::Error,
+    host::disks::Error,
+    host::journal::Error,
+    host::network::Error,
+    host::oom::Error,
+    host::share::Error
+);
 from_parts!(Guest: guest::vmm::Error);

@@ -101,17 +101,23 @@ impl Drop for Sandbox<'_> {
     }
 }
 
+/// Starts a sandbox by hand: the path of its socket.
+#[track_caller]
+fn start(lab: &Lab, id: &str, bundle: &Path) -> String {
+    let output = call(lab, id, &["start"]).dir(bundle).run();
+    let reply: serde_json::Value = serde_json::from_str(&output.ok()).expect("the reply is JSON");
+    assert_eq!((&reply["version"], &reply["protocol"]), (&json!(2), &json!("ttrpc")), "{output}");
+    assert!(output.errors().is_empty(), "{output}");
+    reply["address"].as_str().and_then(|a| a.strip_prefix("unix://")).expect("an address").to_owned()
+}
+
 fn start_and_delete_by_hand(lab: &Lab) -> Verdict {
     lab.vz_only()?;
     let dir = lab.dir();
     bundle(dir.path(), &config());
     let sandbox = Sandbox(lab, lab.id("hand"));
     let id = &sandbox.1;
-    let output = call(lab, id, &["start"]).dir(dir.path()).run();
-    let reply: serde_json::Value = serde_json::from_str(&output.ok()).expect("the reply is JSON");
-    assert_eq!((&reply["version"], &reply["protocol"]), (&json!(2), &json!("ttrpc")), "{output}");
-    assert!(output.errors().is_empty(), "{output}");
-    let socket = reply["address"].as_str().and_then(|a| a.strip_prefix("unix://")).expect("an address");
+    let socket = &start(lab, id, dir.path());
     UnixStream::connect(socket).expect("the shim listens");
     // The same id again is refused, and does no harm.
     call(lab, id, &["start"]).dir(dir.path()).run().fails_with(&[id, "runs already"]);
@@ -133,9 +139,7 @@ fn a_daemon_that_dies_before_anybody_calls_it_leaves_nothing(lab: &Lab) -> Verdi
     bundle(dir.path(), &config());
     let sandbox = Sandbox(lab, lab.id("unknown"));
     let id = &sandbox.1;
-    let output = call(lab, id, &["start"]).dir(dir.path()).run();
-    let reply: serde_json::Value = serde_json::from_str(&output.ok()).expect("the reply is JSON");
-    let socket = reply["address"].as_str().and_then(|a| a.strip_prefix("unix://")).expect("an address");
+    let socket = &start(lab, id, dir.path());
     let state = Path::new("/run/vz/vzt-cli").join(id);
     assert!(Path::new(socket).exists() && state.exists());
     // containerd would call `delete` for a shim that it has connected to, and nothing for this one.
