@@ -45,11 +45,11 @@ test-runc: ## Integration tests with runc, which tells a wrong test from a wrong
 
 test-kvm: ## Integration tests on the KVM machine, in a host VM whose KVM works; over an hour (SUITE_FILTER)
 test-kvm: build bundle hostile
-	@integration/suite-kvm $(SUITE_FILTER)
+	@integration/suite/kvm $(SUITE_FILTER)
 
 test-kvm-core: ## The integration tests that CI runs on the KVM machine; says which are left out
 test-kvm-core: build bundle hostile
-	@integration/suite-kvm core
+	@integration/suite/kvm core
 
 hostile: ## Make the tests' guests out/hostile, an init that lies, and out/metal, which speaks raw virtio
 hostile: bundle
@@ -67,11 +67,11 @@ developer:
 soak: ## Use one container for long, and print the shim's memory and descriptors (SOAK_OPTIONS='--minutes 1')
 soak: build bundle
 	@integration/devbox up
-	@integration/soak $(SOAK_OPTIONS)
+	@integration/soak/execs $(SOAK_OPTIONS)
 
 soak-files: ## Two VMs write one SQLite database, git repository and PostgreSQL server (SOAK_OPTIONS='--minutes 5')
 soak-files: build bundle
-	@integration/soak-files $(SOAK_OPTIONS)
+	@integration/soak/files $(SOAK_OPTIONS)
 
 fuzz: ## Fuzz everything that parses what a guest says (FUZZ_SECONDS=60 each, FUZZ_TARGETS='net blk')
 	@mk/fuzz $(FUZZ_TARGETS)

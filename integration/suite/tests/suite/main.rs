@@ -2,62 +2,41 @@
 
 use std::process::ExitCode;
 
-mod bench;
-mod check;
-mod checker;
-mod cli;
-mod crash;
-mod disks;
-mod endings;
-mod errors;
-mod escape;
-mod events;
-mod exec;
-mod files;
-mod host_side;
-mod hostile;
-mod lifecycle;
-mod linux;
-mod locks;
-mod machine;
-mod metal;
-mod net;
-mod net_faults;
-mod net_same;
-mod oci;
-mod options;
-mod run;
-mod stdio;
-mod volumes;
+mod boundary;
+mod containers;
+mod network;
+mod programs;
+mod storage;
 
 fn main() -> ExitCode {
+    // In this order: what others rely on first.
     vz_suite::harness::main(&[
-        checker::TESTS,
-        check::TESTS,
-        linux::TESTS,
-        bench::TESTS,
-        run::TESTS,
-        files::TESTS,
-        volumes::TESTS,
-        locks::TESTS,
-        disks::TESTS,
-        options::TESTS,
-        stdio::TESTS,
-        exec::TESTS,
-        lifecycle::TESTS,
-        events::TESTS,
-        errors::TESTS,
-        escape::TESTS,
-        hostile::TESTS,
-        endings::TESTS,
-        host_side::TESTS,
-        metal::TESTS,
-        cli::TESTS,
-        oci::TESTS,
-        machine::TESTS,
-        crash::TESTS,
-        net::TESTS,
-        net_faults::TESTS,
-        net_same::TESTS,
+        programs::checker::TESTS,
+        programs::check::TESTS,
+        programs::linux::TESTS,
+        programs::bench::TESTS,
+        containers::run::TESTS,
+        storage::files::TESTS,
+        storage::volumes::TESTS,
+        storage::locks::TESTS,
+        storage::disks::TESTS,
+        containers::options::TESTS,
+        containers::stdio::TESTS,
+        containers::exec::TESTS,
+        containers::lifecycle::TESTS,
+        containers::events::TESTS,
+        containers::errors::TESTS,
+        boundary::escape::TESTS,
+        boundary::hostile::TESTS,
+        boundary::endings::TESTS,
+        boundary::host_side::TESTS,
+        boundary::metal::TESTS,
+        programs::cli::TESTS,
+        containers::oci::TESTS,
+        programs::machine::TESTS,
+        containers::crash::TESTS,
+        network::net::TESTS,
+        network::net_faults::TESTS,
+        network::net_same::TESTS,
     ])
 }

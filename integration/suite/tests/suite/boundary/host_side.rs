@@ -19,11 +19,11 @@ use vz_suite::{
     tests,
 };
 
+use super::endings;
 use crate::{
-    cli::watcher,
-    disks::{self, Loop},
-    endings,
-    net_faults::{Custom, hook},
+    network::net_faults::{Custom, hook},
+    programs::cli::watcher,
+    storage::disks::{self, Loop},
 };
 
 tests![

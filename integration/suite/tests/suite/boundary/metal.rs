@@ -21,7 +21,7 @@ use vz_suite::{
     watch::Watch,
 };
 
-use crate::escape::Nodes;
+use super::escape::Nodes;
 
 tests![
     names_lead_nowhere,

@@ -15,7 +15,7 @@ use vz_suite::{
     tests,
 };
 
-use crate::escape::{private_kib, rss_kib};
+use super::escape::{private_kib, rss_kib};
 
 tests![
     a_giant_hello_is_refused,

@@ -19,7 +19,7 @@ use vz_suite::{
     tests,
 };
 
-use crate::crash::needs_qemu;
+use crate::containers::crash::needs_qemu;
 
 tests![
     a_stopped_vmm_is_ended,
