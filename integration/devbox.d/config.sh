@@ -86,6 +86,11 @@ imports = ["$state_dir/conf.d/*.toml"]   # for experiments: then run "devbox up"
     runtime_type = 'io.containerd.vz.v2'
     pod_annotations = ['io.containerd.vz/*']
     container_annotations = ['io.containerd.vz/*']
+  [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.vz-sandbox]
+    runtime_type = 'io.containerd.vz.v2'
+    sandboxer = 'shim'
+    pod_annotations = ['io.containerd.vz/*']
+    container_annotations = ['io.containerd.vz/*']
 [[plugins.'io.containerd.transfer.v1.local'.unpack_config]]
   platform = 'linux/amd64'
   snapshotter = '$snapshotter'

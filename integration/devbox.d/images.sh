@@ -6,11 +6,14 @@ read -ra images <<<"${VZ_DEVBOX_IMAGES:-busybox:1 pause:1 nginx:1 debian:12}"
 
 image_base() { sed -n 's/^base=//p' "$images_d/$1/recipe.sh"; }
 
-image_hash() { # the recipe, the base's recipe, and what they are made with
+image_hash() { # the recipe, those of its bases, and what they are made with
   local base files
   files=("$images_d/lib.sh" "$images_d/$1/recipe.sh")
   base=$(image_base "$1")
-  [[ -z $base ]] || files+=("$images_d/$base/recipe.sh")
+  while [[ -n $base ]]; do
+    files+=("$images_d/$base/recipe.sh")
+    base=$(image_base "$base")
+  done
   # shellcheck disable=SC2154 # from versions.sh
   hash_of image "$1" "$debian_suite" "${VZ_DEBIAN_MIRROR:-}" -- "${files[@]}"
 }

@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use oci_spec::runtime::{LinuxNamespaceType, Spec};
+use oci_spec::runtime::{LinuxCpu, LinuxNamespaceType, Spec};
 use vz_sys::error::chain;
 
 /// Why a spec cannot be run in a VM. Each names the field, and says what to do.
@@ -65,24 +65,52 @@ pub fn unsupported(field: impl Into<String>, why: &'static str) -> Error {
     Error::Unsupported { field: field.into(), why }
 }
 
-/// What the VM must have for a container with these resources: CPUs and bytes, where limited.
+/// What the VM must have for a sandbox whose first container has this spec: CPUs and bytes, where limited.
 pub fn limits(spec: &Spec) -> (Option<u32>, Option<u64>) {
-    let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
-    let cpus = resources.and_then(|r| r.cpu().as_ref()).and_then(|cpu| {
+    let (cpu, memory) = resources(spec);
+    let cpus = cpu.and_then(|cpu| {
         let quota = u64::try_from(cpu.quota()?).ok().filter(|quota| *quota > 0)?;
         let period = cpu.period().filter(|period| *period > 0).unwrap_or(100_000);
         u32::try_from(quota.div_ceil(period)).ok()
     });
-    let memory = resources
-        .and_then(|r| r.memory().as_ref())
-        .and_then(|memory| u64::try_from(memory.limit()?).ok())
-        .filter(|limit| *limit > 0 && *limit < 1 << 62);
+    let memory = memory.and_then(|limit| u64::try_from(limit).ok()).filter(|limit| *limit > 0 && *limit < 1 << 62);
     (cpus, memory)
+}
+
+/// CPU time and bytes of memory that a sandbox may use: those of its container, or for a pod what all its containers
+/// may together, as CRI's annotations have it. The pause container's own are not about the pod.
+pub fn resources(spec: &Spec) -> (Option<LinuxCpu>, Option<i64>) {
+    if is_pod(spec) {
+        let annotations = annotations(spec);
+        let number = |name: &str| annotations.get(name)?.parse::<i64>().ok().filter(|number| *number > 0);
+        let mut cpu = LinuxCpu::default();
+        cpu.set_quota(number(POD_CPU_QUOTA))
+            .set_period(number(POD_CPU_PERIOD).map(i64::cast_unsigned))
+            .set_shares(number(POD_CPU_SHARES).map(i64::cast_unsigned));
+        return (Some(cpu), number(POD_MEMORY));
+    }
+    let Some(resources) = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref()) else {
+        return (None, None);
+    };
+    (resources.cpu().clone(), resources.memory().as_ref().and_then(oci_spec::runtime::LinuxMemory::limit))
 }
 
 /// The annotations of a spec.
 pub fn annotations(spec: &Spec) -> HashMap<String, String> {
     spec.annotations().clone().unwrap_or_default()
+}
+
+/// Annotation by which CRI says what a container is for: `sandbox` or `container`.
+const POD_ROLE: &str = "io.kubernetes.cri.container-type";
+/// Annotations by which CRI says what all containers of a pod may use together.
+const POD_CPU_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
+const POD_CPU_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
+const POD_CPU_SHARES: &str = "io.kubernetes.cri.sandbox-cpu-shares";
+const POD_MEMORY: &str = "io.kubernetes.cri.sandbox-memory";
+
+/// Whether it is the spec of a pod's sandbox: its pause container.
+pub fn is_pod(spec: &Spec) -> bool {
+    spec.annotations().as_ref().and_then(|all| all.get(POD_ROLE)).is_some_and(|role| role == "sandbox")
 }
 
 /// The network namespace that a spec names; nothing where it asks for a new one. The host's is refused.
@@ -127,6 +155,27 @@ mod tests {
         let named = with(json!([{ "type": "network", "path": "/run/netns/x" }])).unwrap();
         assert_eq!(named.as_deref(), Some(Path::new("/run/netns/x")));
         assert_eq!(with(json!([{ "type": "network", "path": "" }])).unwrap(), None);
+    }
+
+    #[test]
+    fn a_pods_resources_are_those_of_all_its_containers() {
+        let pause = json!({ "cpu": { "shares": 2, "quota": 7 }, "memory": { "limit": 9 } });
+        let pod = |annotations: Value| {
+            spec(|v| {
+                v["annotations"] = annotations;
+                v["annotations"][POD_ROLE] = json!("sandbox");
+                v["linux"]["resources"] = pause.clone();
+            })
+        };
+        assert_eq!(limits(&pod(json!({}))), (None, None));
+        let announced = json!({
+            POD_CPU_QUOTA: "250000", POD_CPU_PERIOD: "100000", POD_CPU_SHARES: "512", POD_MEMORY: "268435456",
+        });
+        assert_eq!(limits(&pod(announced.clone())), (Some(3), Some(256 << 20)));
+        assert_eq!(resources(&pod(announced)).0.unwrap().shares(), Some(512));
+        // containerd says so for a pod without limits.
+        let none = json!({ POD_CPU_QUOTA: "0", POD_CPU_PERIOD: "0", POD_CPU_SHARES: "0", POD_MEMORY: "0" });
+        assert_eq!(limits(&pod(none)), (None, None));
     }
 
     #[test]

@@ -57,3 +57,9 @@ pub const DISK_PATH: &str = "/dev/disk/by-id/virtio-";
 /// The network namespace that all containers of a VM share. It is not the agent's own, so that nothing that a container
 /// does to its network can cut the agent off.
 pub const NETNS_PATH: &str = "/run/vz/netns";
+/// A namespace of another container as a spec's namespace path: this, the container's id, and the name that it has below
+/// /proc/PID/ns.
+pub const NAMESPACES_PATH: &str = "/run/vz/ns";
+/// Shared memory that containers have in common as a mount's source: this, and the id of the container whose IPC
+/// namespace they share. The mount has the option `size=BYTES`.
+pub const SHM_PATH: &str = "/run/vz/shm";

@@ -22,6 +22,7 @@ use vz_sys::{error::chain, rate::Limit};
 
 use super::{
     Container, Error, Lent, Process, copyup,
+    peers::Peers,
     plan::{self, Plan},
     start::connect_streams,
     stdio::{self, Stdio},
@@ -57,9 +58,14 @@ struct Files {
 }
 
 /// Makes the host's side of a container: root file system, volumes, anchor, hooks. `disks` are those of the VM's disks
-/// that are the container's. Returns the container, and the spec that the guest gets. After a failure nothing is left.
-pub async fn on_host(lent: &Lent, request: &CreateTaskRequest, disks: &[Disk]) -> Result<(Container, Vec<u8>), Error> {
-    let made = host_side(lent, request, disks).await;
+/// that are the container's, `peers` the other containers of the sandbox. Returns the container, and the spec that the guest gets. After a failure nothing is left.
+pub async fn on_host(
+    lent: &Lent,
+    request: &CreateTaskRequest,
+    disks: &[Disk],
+    peers: Peers,
+) -> Result<(Container, Vec<u8>), Error> {
+    let made = host_side(lent, request, disks, peers).await;
     if made.is_err()
         && let Err(error) = remove_files(&lent.host, &request.id).await
     {
@@ -69,7 +75,13 @@ pub async fn on_host(lent: &Lent, request: &CreateTaskRequest, disks: &[Disk]) -
 }
 
 /// Mounts the root file system and the volumes. Each step may hang if a file system does.
-fn mount_files(host: &Host, request: &CreateTaskRequest, disks: &[Disk], doing: &Doing) -> Result<Files, Error> {
+fn mount_files(
+    host: &Host,
+    request: &CreateTaskRequest,
+    disks: &[Disk],
+    peers: &Peers,
+    doing: &Doing,
+) -> Result<Files, Error> {
     let bundle = Path::new(&request.bundle);
     doing.now(format!("read the spec in {}", bundle.display()));
     let spec = spec::read(bundle)?;
@@ -79,7 +91,7 @@ fn mount_files(host: &Host, request: &CreateTaskRequest, disks: &[Disk], doing: 
     doing.now("look at the sources of mounts");
     disks::refuse_others(&spec, disks)?;
     let looking = |source: &Path| doing.now(format!("look at {}", source.display()));
-    let mut plan = plan::plan(spec, &request.id, disks, &looking)?;
+    let mut plan = plan::plan(spec, &request.id, disks, peers, &looking)?;
     let place = host.share.place(&request.id)?;
     doing.now("mount the root file system");
     place.mount_rootfs(&request.rootfs, &root)?;
@@ -107,11 +119,16 @@ pub async fn remove_files(host: &Arc<Host>, id: &str) -> Result<(), host::Error>
     .await
 }
 
-async fn host_side(lent: &Lent, request: &CreateTaskRequest, disks: &[Disk]) -> Result<(Container, Vec<u8>), Error> {
+async fn host_side(
+    lent: &Lent,
+    request: &CreateTaskRequest,
+    disks: &[Disk],
+    peers: Peers,
+) -> Result<(Container, Vec<u8>), Error> {
     let (host, bundle) = (&lent.host, Path::new(&request.bundle));
     let Files { plan, rootfs, etc_files, score } = {
         let (host, request, disks) = (Arc::clone(host), request.clone(), disks.to_vec());
-        offload::run(host.files_deadline, move |doing| mount_files(&host, &request, &disks, doing)).await?
+        offload::run(host.files_deadline, move |doing| mount_files(&host, &request, &disks, &peers, doing)).await?
     };
     mount_watch::start(&host.share, host.files_deadline);
     for field in &plan.dropped {

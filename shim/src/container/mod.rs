@@ -32,6 +32,7 @@ pub mod exec;
 pub mod exits;
 pub mod kill;
 pub mod logger;
+pub mod peers;
 pub mod plan;
 pub mod process;
 pub mod said;

@@ -19,15 +19,16 @@ use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
 use oci_spec::runtime::{
     Hook, Hooks, Linux, LinuxDeviceType, LinuxNamespaceType, LinuxResources, Mount, Process, Spec,
 };
-use vz_proto::{NETNS_PATH, SHARE_PATH};
+use vz_proto::{NETNS_PATH, SHARE_PATH, SHM_PATH};
 
+use super::peers::{self, Peers};
 use crate::{
     host::{
         disks::{self, Disk},
         mounts::{self, Entry, open_source},
         share::{Bind, Propagation, ROOTFS, ReadOnly},
     },
-    spec::{Error, unsupported},
+    spec::{self, Error, unsupported},
 };
 
 /// Character devices that the guest has of its own, under the same name and number as every Linux host.
@@ -67,15 +68,21 @@ fn place(container: &str) -> PathBuf {
 
 /// Makes the guest's spec for `container` out of the host's.
 ///
-/// `disks` are those of the VM that are the container's. `looking` is told each path of the host that is looked at
-/// next.
-pub fn plan(mut spec: Spec, container: &str, disks: &[Disk], looking: &dyn Fn(&Path)) -> Result<Plan, Error> {
+/// `disks` are those of the VM that are the container's, and `peers` the containers whose namespaces it may join.
+/// `looking` is told each path of the host that is looked at next.
+pub fn plan(
+    mut spec: Spec,
+    container: &str,
+    disks: &[Disk],
+    peers: &Peers,
+    looking: &dyn Fn(&Path),
+) -> Result<Plan, Error> {
     let mut dropped = Vec::new();
     refuse_foreign(&spec)?;
+    let shm = Shm::of(&spec, container, peers);
     let process = spec.process_mut().as_mut().ok_or(Error::Missing("process"))?;
     guest_process(process, &mut dropped);
     let mut binds = Vec::new();
-    let own_ipc = has_namespace(&spec, LinuxNamespaceType::Ipc);
     if let Some(mounts) = spec.mounts_mut() {
         let table = LazyCell::new(|| {
             mounts::read().unwrap_or_else(|error| {
@@ -87,7 +94,7 @@ pub fn plan(mut spec: Spec, container: &str, disks: &[Disk], looking: &dyn Fn(&P
         for (index, mut mount) in mounts.drain(..).enumerate() {
             disks::settle(&mut mount, disks);
             looking(mount.source().as_deref().unwrap_or(Path::new("/")));
-            let bind = guest_mount(&mut mount, container, index, own_ipc, &mut dropped)?;
+            let bind = guest_mount(&mut mount, container, index, &shm, &mut dropped)?;
             let submounts = bind.as_ref().map(|bind| writable_submounts(&mount, bind, &table)).unwrap_or_default();
             all.push(mount);
             all.extend(submounts);
@@ -98,14 +105,35 @@ pub fn plan(mut spec: Spec, container: &str, disks: &[Disk], looking: &dyn Fn(&P
     let root = spec.root_mut().as_mut().ok_or(Error::Missing("root"))?;
     root.set_path(place(container).join(ROOTFS));
     let linux = spec.linux_mut().as_mut().ok_or(Error::Missing("linux"))?;
-    guest_linux(linux, container, &mut dropped)?;
+    guest_linux(linux, container, peers, &mut dropped)?;
     let hooks = split_hooks(&mut spec);
     Ok(Plan { guest: spec, binds, hooks, dropped })
 }
 
-fn has_namespace(spec: &Spec, kind: LinuxNamespaceType) -> bool {
-    let namespaces = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_ref());
-    namespaces.into_iter().flatten().any(|namespace| namespace.typ() == kind)
+/// Whose shared memory a container has.
+#[derive(Debug, PartialEq, Eq)]
+enum Shm {
+    /// The VM's: it has no IPC namespace.
+    Vm,
+    /// Its own.
+    Own,
+    /// That of a pod, or of whichever container's IPC namespace it joins: this one's.
+    Shared(String),
+}
+
+impl Shm {
+    fn of(spec: &Spec, container: &str, peers: &Peers) -> Self {
+        let namespaces = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_ref());
+        let Some(ipc) = namespaces.into_iter().flatten().find(|n| n.typ() == LinuxNamespaceType::Ipc) else {
+            return Self::Vm;
+        };
+        let owner = ipc.path().as_ref().and_then(|path| peers.owner(LinuxNamespaceType::Ipc, path));
+        match owner {
+            Some(owner) => Self::Shared(owner.to_owned()),
+            None if spec::is_pod(spec) => Self::Shared(container.to_owned()),
+            None => Self::Own,
+        }
+    }
 }
 
 /// Makes the guest's form of a process that is started in a running container.
@@ -145,7 +173,7 @@ fn guest_mount(
     mount: &mut Mount,
     container: &str,
     index: usize,
-    own_ipc: bool,
+    shm: &Shm,
     dropped: &mut Vec<String>,
 ) -> Result<Option<Bind>, Error> {
     let options = mount.options().clone().unwrap_or_default();
@@ -169,15 +197,20 @@ fn guest_mount(
     };
     let file = File::from(open_source(&source).map_err(missing)?);
     let kind = file.metadata().map_err(missing)?.file_type();
-    if destination == Path::new("/dev/shm") && is_clients_shm(&source, &file, own_ipc).map_err(missing)? {
+    if destination == Path::new("/dev/shm") && is_clients_shm(&source, &file, shm).map_err(missing)? {
         // Shared memory cannot be shared across a VM's boundary: the container gets a tmpfs of the guest, of the same
         // size.
         dropped.push(format!("mounts: {} for /dev/shm, which is a tmpfs of the guest", source.display()));
         let size = fstatfs(&file).map(|found| found.blocks().saturating_mul(found.block_size().cast_unsigned()));
-        let size = size.ok().filter(|size| own_ipc && *size > 0).unwrap_or(DEFAULT_SHM);
-        mount.set_typ(Some("tmpfs".into())).set_source(Some("shm".into()));
-        let options = ["nosuid", "noexec", "nodev", "mode=1777", &format!("size={size}")];
-        mount.set_options(Some(options.map(String::from).into()));
+        let size = size.ok().filter(|size| *shm != Shm::Vm && *size > 0).unwrap_or(DEFAULT_SHM);
+        let size = format!("size={size}");
+        if let Shm::Shared(owner) = shm {
+            mount.set_typ(Some("bind".into())).set_source(Some(Path::new(SHM_PATH).join(owner)));
+            mount.set_options(Some(["rbind", "nosuid", "noexec", "nodev", &size].map(String::from).into()));
+        } else {
+            mount.set_typ(Some("tmpfs".into())).set_source(Some("shm".into()));
+            mount.set_options(Some(["nosuid", "noexec", "nodev", "mode=1777", &size].map(String::from).into()));
+        }
         return Ok(None);
     }
     if kind.is_char_device() || kind.is_block_device() {
@@ -211,8 +244,8 @@ fn guest_mount(
 
 /// Whether the source of a bind for /dev/shm is what clients make for a container's shared memory: an empty tmpfs for
 /// nothing else, or the host's own for a container without an IPC namespace. Anything else is a volume, and stays one.
-fn is_clients_shm(source: &Path, file: &File, own_ipc: bool) -> io::Result<bool> {
-    if !own_ipc && source == Path::new("/dev/shm") {
+fn is_clients_shm(source: &Path, file: &File, shm: &Shm) -> io::Result<bool> {
+    if *shm == Shm::Vm && source == Path::new("/dev/shm") {
         return Ok(true);
     }
     if fstatfs(file)?.filesystem_type() != TMPFS_MAGIC || !vz_sys::mount::is_mount_root(file.as_fd())? {
@@ -268,7 +301,7 @@ fn writable_submounts(mount: &Mount, bind: &Bind, table: &[Entry]) -> Vec<Mount>
     below.into_iter().map(submount).collect()
 }
 
-fn guest_linux(linux: &mut Linux, container: &str, dropped: &mut Vec<String>) -> Result<(), Error> {
+fn guest_linux(linux: &mut Linux, container: &str, peers: &Peers, dropped: &mut Vec<String>) -> Result<(), Error> {
     let mut namespaces = linux.namespaces().clone().unwrap_or_default();
     for namespace in &mut namespaces {
         let path = namespace.path().clone().filter(|path| !path.as_os_str().is_empty());
@@ -277,10 +310,14 @@ fn guest_linux(linux: &mut Linux, container: &str, dropped: &mut Vec<String>) ->
                 namespace.set_path(Some(NETNS_PATH.into()));
             }
             (kind, Some(path)) => {
-                return Err(unsupported(
-                    format!("linux.namespaces: {kind} {}", path.display()),
-                    "a namespace of the host cannot be joined from a VM",
-                ));
+                let joined = peers.owner(kind, &path).and_then(|owner| peers::guest_path(owner, kind));
+                let joined = joined.ok_or_else(|| {
+                    unsupported(
+                        format!("linux.namespaces: {kind} {}", path.display()),
+                        "a VM's container can join the namespaces of containers of the same sandbox only",
+                    )
+                })?;
+                namespace.set_path(Some(joined));
             }
             (_, None) => {}
         }
@@ -385,7 +422,8 @@ mod tests {
     }
 
     fn plan(spec: Spec, container: &str, disks: &[Disk]) -> Result<Plan, Error> {
-        super::plan(spec, container, disks, &|_| ())
+        let peers = [(41, "pause".to_owned())].into_iter().collect();
+        super::plan(spec, container, disks, &peers, &|_| ())
     }
 
     fn guest(spec: Spec) -> Value {
@@ -486,6 +524,35 @@ mod tests {
         let (own, hosts) = (json!([{ "type": "ipc" }, { "type": "network" }]), json!([{ "type": "network" }]));
         assert_eq!(shm(dir.path().to_str().unwrap(), own.clone()), "bind");
         assert_eq!(shm("/dev/shm", hosts), "tmpfs");
+    }
+
+    #[test]
+    fn a_member_of_a_pod_joins_the_namespaces_of_its_pause_container() {
+        let with = |pid: u32| {
+            let path = |kind: &str| json!({ "type": kind, "path": format!("/proc/{pid}/ns/{kind}") });
+            plan(spec(|s| s["linux"]["namespaces"] = json!([path("ipc"), path("pid"), path("uts")])), "c1", &[])
+        };
+        let guest = serde_json::to_value(with(41).unwrap().guest).unwrap();
+        let paths: Vec<_> = (0..3).map(|index| guest["linux"]["namespaces"][index]["path"].clone()).collect();
+        assert_eq!(paths, ["/run/vz/ns/pause/ipc", "/run/vz/ns/pause/pid", "/run/vz/ns/pause/uts"]);
+        assert!(with(42).unwrap_err().to_string().contains("/proc/42/ns/ipc"));
+    }
+
+    #[test]
+    fn shared_memory_is_the_pods() {
+        let shm = |pod: bool, ipc: Value| {
+            let spec = spec(|s| {
+                s["linux"]["namespaces"] = json!([ipc]);
+                if pod {
+                    s["annotations"] = json!({ "io.kubernetes.cri.container-type": "sandbox" });
+                }
+            });
+            Shm::of(&spec, "c1", &[(41, "pause".to_owned())].into_iter().collect())
+        };
+        assert_eq!(shm(true, json!({ "type": "ipc" })), Shm::Shared("c1".into()));
+        assert_eq!(shm(false, json!({ "type": "ipc" })), Shm::Own);
+        assert_eq!(shm(false, json!({ "type": "ipc", "path": "/proc/41/ns/ipc" })), Shm::Shared("pause".into()));
+        assert_eq!(shm(false, json!({ "type": "uts" })), Shm::Vm);
     }
 
     #[test]

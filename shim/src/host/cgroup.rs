@@ -88,7 +88,7 @@ impl Cgroup {
             return Ok(None);
         }
         let group = Group::load_with_specified_controllers(hierarchies::auto(), &name, found);
-        let cpu = linux.and_then(|linux| linux.resources().as_ref()?.cpu().clone());
+        let (cpu, _) = crate::spec::resources(spec);
         let mut this = Self { group, cpu, name, killed_before: 0 };
         for path in this.paths() {
             if !path.exists() {

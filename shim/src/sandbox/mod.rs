@@ -17,7 +17,7 @@ use tokio::sync::Notify;
 use vz_sys::{error::chain, sync::lock};
 
 use crate::{
-    container::{self, Container, Exit, Lent, Process, State, create},
+    container::{self, Container, Exit, Lent, Process, State, create, peers::Peers},
     host::{self, disks::Disk, hooks, unwind},
 };
 
@@ -93,7 +93,7 @@ impl Sandbox {
     pub async fn create(self: &Arc<Self>, request: &CreateTaskRequest) -> Result<Arc<Container>, container::Error> {
         let id = &request.id;
         self.reserve(id)?;
-        let (container, spec) = match create::on_host(&self.lent, request, self.disks_of(id)).await {
+        let (container, spec) = match create::on_host(&self.lent, request, self.disks_of(id), self.peers()).await {
             Ok((container, spec)) => (Arc::new(container), spec),
             Err(error) => {
                 self.remove(id);
@@ -212,6 +212,11 @@ impl Sandbox {
     /// The disks that are a container's: all are the first one's.
     fn disks_of(&self, container: &str) -> &[Disk] {
         if container == self.identity.id { &self.lent.host.disks } else { &[] }
+    }
+
+    /// The containers that are there, as a new one's spec may name them.
+    fn peers(&self) -> Peers {
+        self.all().iter().map(|container| (container.pid, container.id.clone())).collect()
     }
 
     /// Whether this container has not been removed.

@@ -22,6 +22,7 @@ use super::{
     network::Network,
     oom::Watch,
     prepare::{Prepared, prepare, write_bundle},
+    shared,
     state::{Stage, State},
     stdio::{self, Ends},
     streams::Streams,
@@ -204,8 +205,9 @@ impl Agent {
         let tokens = request.stdio.unwrap_or_default();
         let mut prepared = prepare(&request.spec, id, tokens.terminal)?;
         disks::settle(&mut prepared.spec, &request.disks)?;
+        shared::join(&mut prepared.spec, |owner| self.running_init(owner))?;
         self.state().add(id, Stage::Creating, prepared.outlives_init)?;
-        let created = self.try_create(id, &prepared, &tokens).await;
+        let created = self.try_create(id, &mut prepared, &tokens).await;
         if created.is_err()
             && let Err(e) = self.remove(id).await
         {
@@ -214,7 +216,18 @@ impl Agent {
         created
     }
 
-    async fn try_create(&self, id: &str, prepared: &Prepared, tokens: &StdioTokens) -> Result<i32> {
+    /// The pid of a container's init, whose namespaces another one is to join.
+    fn running_init(&self, id: &str) -> Result<i32> {
+        let mut state = self.state();
+        let container = state.container(id)?;
+        match container.process("") {
+            Some(init) if init.pid != 0 && init.exit.borrow().is_none() => Ok(init.pid),
+            _ => Err(CallError::State(format!("container {id:?}, whose namespaces are to be joined, does not run"))),
+        }
+    }
+
+    async fn try_create(&self, id: &str, prepared: &mut Prepared, tokens: &StdioTokens) -> Result<i32> {
+        shared::make_memory(&mut prepared.spec)?;
         write_bundle(id, &prepared.spec).map_err(CallError::io("write bundle"))?;
         let cgroup = Cgroup::of(id);
         cgroup.remove().await.map_err(CallError::io("remove a cgroup that was left"))?;
@@ -292,6 +305,7 @@ impl Agent {
                 init = Some((pid, exit));
             }
         }
+        shared::remove_memory(id).map_err(CallError::io("remove shared memory"))?;
         for directory in [paths::bundle(id), paths::state(id)] {
             match fs::remove_dir_all(&directory) {
                 Err(e) if e.kind() != io::ErrorKind::NotFound => {

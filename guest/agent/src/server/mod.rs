@@ -23,6 +23,7 @@ mod processes;
 mod readiness;
 mod reports;
 mod service;
+mod shared;
 mod state;
 mod stdio;
 mod streams;
