@@ -55,6 +55,9 @@ hosts_dir = ["$state_dir/certs.d"]
 snapshotter = "$snapshotter"
 cgroup_manager = "cgroupfs"
 T
+  # crictl gives a pod 2 s to start
+  printf 'runtime-endpoint: unix://%s\nimage-endpoint: unix://%s\ntimeout: %d\n' "$sock" "$sock" "$((60 * patience))" \
+    >"$state_dir/crictl.yaml"
   configure_containerd >"$state_dir/containerd.toml"
   configure_env >"$state_dir/env"
 }
@@ -86,11 +89,13 @@ imports = ["$state_dir/conf.d/*.toml"]   # for experiments: then run "devbox up"
     runtime_type = 'io.containerd.vz.v2'
     pod_annotations = ['io.containerd.vz/*']
     container_annotations = ['io.containerd.vz/*']
+    privileged_without_host_devices = true   # a VM has devices of its own
   [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.vz-sandbox]
     runtime_type = 'io.containerd.vz.v2'
     sandboxer = 'shim'
     pod_annotations = ['io.containerd.vz/*']
     container_annotations = ['io.containerd.vz/*']
+    privileged_without_host_devices = true   # a VM has devices of its own
 [[plugins.'io.containerd.transfer.v1.local'.unpack_config]]
   platform = 'linux/amd64'
   snapshotter = '$snapshotter'
@@ -143,6 +148,7 @@ export CONTAINERD_SUPPRESS_DEPRECATION_WARNINGS=1
 export NERDCTL_TOML="$state_dir/nerdctl.toml"
 export CONTAINER_RUNTIME_ENDPOINT="unix://$sock"
 export IMAGE_SERVICE_ENDPOINT="unix://$sock"
+export CRI_CONFIG_FILE="$state_dir/crictl.yaml"
 export VZ_DEVBOX="$state_dir"
 export VZ_DEVBOX_HOSTS_DIR="$state_dir/certs.d"
 export VZ_DEVBOX_REGISTRY="127.0.0.1:$registry_port"

@@ -83,6 +83,5 @@ push_cri_images() {
     ctr_ -n cri-images images push --hosts-dir "$state_dir/certs.d" "vz.test/$name" >/dev/null
     ctr_ -n cri-images images rm "vz.test/$name" >/dev/null
   done < <(cri_variants)
-  ctr_ namespaces rm cri-images >/dev/null || true
   cri_images_dir >"$mark"
 }

@@ -58,6 +58,19 @@ pub enum Error {
         /// How long it was waited for.
         after: Duration,
     },
+    /// The VM does not have as much.
+    #[error(
+        "a {asked} is more than the VM has ({has}), and VMs do not grow: make the pod or container anew with the \
+         larger limit, or set {set} in vz's configuration"
+    )]
+    TooLarge {
+        /// What was asked for.
+        asked: String,
+        /// What there is.
+        has: String,
+        /// The setting.
+        set: &'static str,
+    },
     /// The spec asks for what a VM cannot give, or cannot be read.
     #[error(transparent)]
     Spec(#[from] spec::Error),

@@ -38,6 +38,7 @@ pub mod process;
 pub mod said;
 pub mod start;
 pub mod stdio;
+pub mod update;
 
 pub use error::Error;
 pub use process::{Process, State};

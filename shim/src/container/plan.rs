@@ -351,7 +351,7 @@ fn guest_linux(linux: &mut Linux, container: &str, peers: &Peers, dropped: &mut 
 }
 
 /// Leaves what limits the container within the VM, and takes out what is about the host's hardware.
-fn guest_resources(mut resources: LinuxResources, dropped: &mut Vec<String>) -> LinuxResources {
+pub fn guest_resources(mut resources: LinuxResources, dropped: &mut Vec<String>) -> LinuxResources {
     if let Some(cpu) = resources.cpu_mut() {
         for (name, value) in [("cpus", cpu.cpus().clone()), ("mems", cpu.mems().clone())] {
             if let Some(value) = value.filter(|value| !value.is_empty()) {

@@ -5,7 +5,7 @@ use std::time::Duration;
 use nix::sys::signal::Signal;
 use vz_proto::{
     AgentClient, ContainerRequest, CreateContainerRequest, ExecProcessRequest, ProcessRequest, ResizePtyRequest,
-    SignalProcessRequest, UpdateNetworkRequest,
+    SignalProcessRequest, UpdateContainerRequest, UpdateNetworkRequest,
 };
 
 use super::{agent::Agent, error::Error, metrics};
@@ -74,6 +74,14 @@ impl Agent {
         let call = async |agent: AgentClient, context, request| agent.stats(context, &request).await;
         let stats = self.ask("stats", of_container(container), call).await?;
         Ok(metrics::known(&stats.metrics)?)
+    }
+
+    /// Sets limits of a container. `resources` are OCI LinuxResources, JSON.
+    pub async fn update_container(&self, container: &str, resources: Vec<u8>) -> Result<(), Error> {
+        let container_id = container.to_owned();
+        let request = UpdateContainerRequest { container_id, resources, ..Default::default() };
+        let call = async |agent: AgentClient, context, request| agent.update_container(context, &request).await;
+        self.ask("update", request, call).await.map(drop)
     }
 
     /// Describes the sandbox's network.

@@ -31,6 +31,15 @@ pub struct Deadlines {
     pub boot: Duration,
 }
 
+/// What a VM has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Size {
+    /// Number of vCPUs.
+    pub vcpus: u32,
+    /// Memory, in MiB.
+    pub memory_mib: u64,
+}
+
 /// The guest's side of a sandbox. Containers borrow it; it knows none of them.
 #[derive(Debug)]
 pub struct Guest {
@@ -40,14 +49,16 @@ pub struct Guest {
     pub agent: agent::Agent,
     /// How long either may take.
     pub deadlines: Deadlines,
+    /// What the VM has. It does not change: this is the place for a VM that grows.
+    pub size: Size,
     /// Whether the VM's end is our own doing.
     ending: AtomicBool,
 }
 
 impl Guest {
     /// A guest that boots.
-    pub fn new(vmm: vmm::Vmm, agent: agent::Agent, deadlines: Deadlines) -> Self {
-        Self { vmm, agent, deadlines, ending: AtomicBool::new(false) }
+    pub fn new(vmm: vmm::Vmm, agent: agent::Agent, deadlines: Deadlines, size: Size) -> Self {
+        Self { vmm, agent, deadlines, size, ending: AtomicBool::new(false) }
     }
 
     /// Whether the VM's end is our own doing.

@@ -2,7 +2,8 @@
 //!
 //! The guest enforces a container's own limits. The host's are those of the whole VM: memory for its size and what
 //! running it takes, so that a VM within its size is never killed for it; CPU as the spec says, since that is what its
-//! user pays for. The quota comes last: a boot would not end in time under a small one.
+//! user pays for. A pod's limits are those of its parent, which the kubelet sets and resizes. The quota comes last: a
+//! boot would not end in time under a small one.
 
 use std::{
     fs::{self, File},
@@ -60,6 +61,8 @@ pub struct Cgroup {
     group: Group,
     name: String,
     cpu: Option<LinuxCpu>,
+    /// Whether it is a pod's: what that may use is its parent's to limit, which the kubelet resizes.
+    pod: bool,
     /// Processes that the kernel had killed in it for want of memory before it was ours.
     killed_before: u64,
 }
@@ -89,7 +92,7 @@ impl Cgroup {
         }
         let group = Group::load_with_specified_controllers(hierarchies::auto(), &name, found);
         let (cpu, _) = crate::spec::resources(spec);
-        let mut this = Self { group, cpu, name, killed_before: 0 };
+        let mut this = Self { group, cpu, name, pod: crate::spec::is_pod(spec), killed_before: 0 };
         for path in this.paths() {
             if !path.exists() {
                 journal.made(Resource::Cgroup { path })?;
@@ -97,7 +100,7 @@ impl Cgroup {
         }
         this.group.create().map_err(this.failed("make"))?;
         this.killed_before = this.killed();
-        let limited = crate::spec::limits(spec).1.is_some();
+        let limited = crate::spec::limits(spec).1.is_some() && !this.pod;
         let bytes = i64::try_from(vm_mib.saturating_add(overhead_mib).saturating_mul(MIB)).unwrap_or(i64::MAX);
         let memory = MemoryResources { memory_hard_limit: limited.then_some(bytes), ..Default::default() };
         let cpu = CpuResources { shares: this.cpu.as_ref().and_then(LinuxCpu::shares), ..Default::default() };
@@ -127,9 +130,19 @@ impl Cgroup {
 
     /// Applies the limit of CPU time.
     pub fn limit_cpu(&self) -> Result<(), Error> {
-        let Some(cpu) = &self.cpu else { return Ok(()) };
+        let Some(cpu) = self.cpu.as_ref().filter(|_| !self.pod) else { return Ok(()) };
         let quota = cpu.quota().filter(|quota| *quota > 0);
         let cpu = CpuResources { period: cpu.period().filter(|period| *period > 0), quota, ..Default::default() };
+        self.apply(&Resources { cpu, ..Default::default() })
+    }
+
+    /// Changes weight and limit of CPU time as an update of the sandbox's container does.
+    pub fn change_cpu(&self, cpu: &LinuxCpu) -> Result<(), Error> {
+        if self.pod {
+            return Ok(());
+        }
+        let period = cpu.period().filter(|period| *period > 0);
+        let cpu = CpuResources { shares: cpu.shares(), period, quota: cpu.quota(), ..Default::default() };
         self.apply(&Resources { cpu, ..Default::default() })
     }
 

@@ -22,7 +22,7 @@ use crate::{
     container::Lent,
     events::Publisher,
     guest::{
-        Deadlines, Guest,
+        Deadlines, Guest, Size,
         agent::Agent,
         vmm::{self, Place, Started},
     },
@@ -114,7 +114,8 @@ impl Prepared {
             boot: Duration::from_secs(timeouts.boot_s).saturating_add(LAUNCH_MARGIN),
         };
         let agent = Agent::new(deadlines.request, self.config.log_level.as_str());
-        let guest = Arc::new(Guest::new(self.vmm.listen()?, agent, deadlines));
+        let size = Size { vcpus: self.shape.vcpus, memory_mib: self.shape.memory_mib };
+        let guest = Arc::new(Guest::new(self.vmm.listen()?, agent, deadlines, size));
         let lent = Lent {
             host: Arc::new(self.host),
             guest: guest.clone(),

@@ -43,7 +43,7 @@ fn of_container(error: &Container) -> Code {
     match error {
         Container::NotFound { .. } | Container::Finished => Code::NOT_FOUND,
         Container::AlreadyExists { .. } => Code::ALREADY_EXISTS,
-        Container::State { .. } => Code::FAILED_PRECONDITION,
+        Container::State { .. } | Container::TooLarge { .. } => Code::FAILED_PRECONDITION,
         Container::Invalid(_) | Container::Spec(_) => Code::INVALID_ARGUMENT,
         Container::Unconfirmed { .. } | Container::Unreported { .. } => Code::DEADLINE_EXCEEDED,
         Container::CopyUp(_) | Container::Stdio(_) => Code::UNKNOWN,

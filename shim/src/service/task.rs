@@ -253,8 +253,16 @@ impl Task for Service {
         unsupported("resume")
     }
 
-    async fn update(&self, _: &TtrpcContext, _: UpdateTaskRequest) -> Reply<Empty> {
-        unsupported("update")
+    async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> Reply<Empty> {
+        let (sandbox, id) = (self.sandbox.clone(), request.id.clone());
+        detached("update", &id, async move {
+            let container = sandbox.container(&request.id)?;
+            let resources = serde_json::from_slice(&request.resources().value)
+                .map_err(|e| container::Error::Invalid(format!("update {}: resources: {e}", request.id)))?;
+            container.update(resources).await?;
+            Ok(Empty::new())
+        })
+        .await
     }
 
     async fn checkpoint(&self, _: &TtrpcContext, _: CheckpointTaskRequest) -> Reply<Empty> {

@@ -7,7 +7,12 @@ use std::{
     time::Duration,
 };
 
+use libcgroups::{
+    common::{CgroupManager, ControllerOpt},
+    v2::manager::{Manager, V2ManagerError},
+};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
+use oci_spec::runtime::LinuxResources;
 use tokio::time::timeout;
 
 use super::readiness;
@@ -29,6 +34,14 @@ impl Cgroup {
     /// Makes it. libcontainer would too, and enable each controller of each level above with a write of its own.
     pub fn create(&self) -> io::Result<()> {
         fs::create_dir(&self.0)
+    }
+
+    /// Sets the limits that these resources name.
+    pub fn apply(&self, resources: &LinuxResources) -> Result<(), V2ManagerError> {
+        let name = self.0.file_name().unwrap_or_default();
+        let manager = Manager::new(paths::CGROUP.into(), Path::new("/").join(name))?;
+        let limits = ControllerOpt { resources, disable_oom_killer: false, oom_score_adj: None, freezer_state: None };
+        manager.apply(&limits)
     }
 
     /// One of its files.

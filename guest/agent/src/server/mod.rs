@@ -22,6 +22,7 @@ mod prepare;
 mod processes;
 mod readiness;
 mod reports;
+mod resources;
 mod service;
 mod shared;
 mod state;

@@ -4,7 +4,10 @@ use std::{fs, io, os::unix::fs::DirBuilderExt};
 
 use oci_spec::runtime::{Linux, LinuxNamespaceType, Spec};
 
-use super::error::{CallError, Result};
+use super::{
+    error::{CallError, Result},
+    resources,
+};
 use crate::{home, paths};
 
 /// What the agent needs to know of a spec.
@@ -45,11 +48,8 @@ fn as_runc_takes_it(linux: &mut Linux) {
     if let Some(plain) = propagation.and_then(|p| p.strip_prefix('r')).map(ToOwned::to_owned) {
         linux.set_rootfs_propagation(Some(plain));
     }
-    // No limit, whereas libcontainer would let no process be made.
-    if let Some(resources) = linux.resources_mut()
-        && resources.pids().as_ref().is_some_and(|p| p.limit() == 0)
-    {
-        resources.set_pids(None);
+    if let Some(resources) = linux.resources_mut() {
+        resources::as_runc_takes_them(resources);
     }
 }
 

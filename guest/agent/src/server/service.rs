@@ -7,11 +7,11 @@ use protobuf::{Message, well_known_types::empty::Empty};
 use ttrpc::{Result, r#async::ServerStreamSender, asynchronous::TtrpcContext};
 use vz_proto::{
     Agent as Contract, ContainerRequest, CreateContainerRequest, CreateContainerResponse, Event, ExecProcessRequest,
-    ExecProcessResponse, ProcessRequest, ResizePtyRequest, SignalProcessRequest, StatsResponse, UpdateNetworkRequest,
-    WaitProcessResponse,
+    ExecProcessResponse, ProcessRequest, ResizePtyRequest, SignalProcessRequest, StatsResponse, UpdateContainerRequest,
+    UpdateNetworkRequest, WaitProcessResponse,
 };
 
-use super::{containers::Agent, error::CallError, metrics};
+use super::{containers::Agent, error::CallError, metrics, resources};
 use crate::protocol::{Exit, Key};
 
 /// See the contract in the protocol.
@@ -115,6 +115,13 @@ impl Contract for Service {
         let metrics = metrics::read(&cgroup).write_to_bytes();
         let metrics = metrics.map_err(|e| CallError::Failed(format!("write metrics: {e}")))?;
         Ok(StatsResponse { metrics, ..Default::default() })
+    }
+
+    async fn update_container(&self, _: &TtrpcContext, r: UpdateContainerRequest) -> Result<Empty> {
+        let cgroup = self.0.state().container(&r.container_id)?.cgroup.clone();
+        let resources = resources::parse(&r.resources)?;
+        cgroup.apply(&resources).map_err(|e| CallError::Failed(format!("set limits: {e}")))?;
+        Ok(Empty::new())
     }
 
     async fn events(&self, _: &TtrpcContext, _: Empty, to: ServerStreamSender<Event>) -> Result<()> {

@@ -90,7 +90,8 @@ mod tests {
 
     #[test]
     fn namespaces_of_other_containers_are_those_of_their_inits() {
-        let mut spec = spec(r#"{"type":"ipc","path":"/run/vz/ns/pause/ipc"},{"type":"pid"},{"type":"uts","path":"/x"}"#);
+        let mut spec =
+            spec(r#"{"type":"ipc","path":"/run/vz/ns/pause/ipc"},{"type":"pid"},{"type":"uts","path":"/x"}"#);
         join(&mut spec, |owner| {
             assert_eq!(owner, "pause");
             Ok(17)
