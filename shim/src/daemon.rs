@@ -17,7 +17,7 @@ use std::{
 };
 
 use containerd_shim::Flags;
-use containerd_shim_protos::shim_async::create_task;
+use containerd_shim_protos::{sandbox_async::create_sandbox, shim_async::create_task};
 use tokio::{net::UnixListener as TokioListener, runtime::Builder};
 use ttrpc::asynchronous::{Server, transport::Listener};
 use vz_config::Config;
@@ -37,9 +37,11 @@ use crate::{
     report::Report,
     sandbox::{
         self, Identity,
-        prepare::{self, Prepared},
+        prepare::{self, Ground, Prepared},
+        served::Served,
     },
-    service::task::Service,
+    service::{self, task::Service},
+    spec,
 };
 
 /// Environment variable that carries containerd's ConfigPath from `start` to the daemon.
@@ -59,6 +61,9 @@ enum Error {
     /// The inherited socket.
     #[error("use socket")]
     Socket(#[source] io::Error),
+    /// What a sandbox owns that was never made.
+    #[error("clean up")]
+    Unwind(#[source] unwind::Error),
     /// The server.
     #[error("serve tasks")]
     Serve(#[source] ttrpc::Error),
@@ -81,8 +86,8 @@ pub fn main(flags: &Flags) -> ExitCode {
         Ok(bundle) => Identity { namespace: flags.namespace.clone(), id: flags.id.clone(), bundle },
         Err(error) => return refuse(report, &format!("find working directory: {error}")),
     };
-    let prepared = match prepare(flags, &identity) {
-        Ok(prepared) => prepared,
+    let begun = match begin(flags, &identity) {
+        Ok(begun) => begun,
         Err(error) => {
             let dir = vz_state::dir(&flags.namespace, &flags.id);
             if let Err(error) = unwind::unwind(&dir, |_, _| ()) {
@@ -97,7 +102,7 @@ pub fn main(flags: &Flags) -> ExitCode {
     };
     let report = Report::new(report);
     report.say(vz_state::READY);
-    let code = runtime.block_on(serve(identity, prepared, listener, report));
+    let code = runtime.block_on(serve(identity, begun, listener, report));
     // A thread that waits for a file system which hangs is not waited for.
     runtime.shutdown_background();
     code
@@ -122,7 +127,16 @@ fn take_over(number: RawFd) -> io::Result<OwnedFd> {
     Ok(taken)
 }
 
-fn prepare(flags: &Flags, identity: &Identity) -> Result<Prepared, Error> {
+/// How far a sandbox is before anybody asks for anything.
+#[derive(Debug)]
+enum Begun {
+    /// That of a container's bundle: its VM is on the way.
+    Container(Box<Prepared>),
+    /// A pod's, which CreateSandbox will describe.
+    Pod(Box<Ground>),
+}
+
+fn begin(flags: &Flags, identity: &Identity) -> Result<Begun, Error> {
     let extra = env::var_os(CONFIG_PATH).map(PathBuf::from);
     let mut config = Config::load(extra.as_deref())?;
     if flags.debug && config.log_level < vz_config::LogLevel::Debug {
@@ -142,27 +156,39 @@ fn prepare(flags: &Flags, identity: &Identity) -> Result<Prepared, Error> {
     // `start` has made it, and nobody takes it from a listener that lives.
     let inode = socket::inode(&path).ok();
     journal.made(Resource::Socket { path, inode })?;
-    Ok(prepare::prepare(identity, config, journal, stderr.as_ref(), Arc::new(surroundings))?)
+    let ground = Ground { config, journal, stderr, surroundings: Arc::new(surroundings) };
+    if spec::is_there(&identity.bundle) {
+        return Ok(Begun::Container(Box::new(prepare::prepare(identity, ground)?)));
+    }
+    Ok(Begun::Pod(Box::new(ground)))
 }
 
-async fn serve(identity: Identity, prepared: Prepared, listener: UnixListener, report: Report) -> ExitCode {
+async fn serve(identity: Identity, begun: Begun, listener: UnixListener, report: Report) -> ExitCode {
     let dir = vz_state::dir(&identity.namespace, &identity.id);
     let address = env::var("TTRPC_ADDRESS").unwrap_or_default();
     let (publisher, queue) = events::publisher(&identity.namespace, &address);
     let mut forwarding = tokio::spawn(queue.run());
     let served = async {
-        let sandbox = prepared.run(identity, publisher)?;
+        let served = match begun {
+            Begun::Container(prepared) => Served::there(identity.clone(), prepared.run(identity, publisher, None)?),
+            Begun::Pod(ground) => Served::to_come(identity, *ground, publisher),
+        };
+        let (served, report) = (Arc::new(served), Arc::new(report));
         listener.set_nonblocking(true).map_err(Error::Socket)?;
         let listener = TokioListener::from_std(listener).map_err(Error::Socket)?;
-        let service = Service { sandbox: sandbox.clone(), report: Arc::new(report) };
+        let service = Service { served: served.clone(), report: report.clone() };
         let mut services = create_task(Arc::new(service.clone()));
         // containerd 1.7 calls the same service by its older name; the messages are the same.
         let older = create_task(Arc::new(service));
         services.extend(older.into_iter().map(|(name, service)| (name.replace(".v3.", ".v2."), service)));
+        services.extend(create_sandbox(Arc::new(service::sandbox::Service { served: served.clone(), report })));
         let mut server = Server::new().add_listener(Listener::from(listener)).register_service(services);
         server.start().await.map_err(Error::Serve)?;
-        sandbox.shutdown.notified().await;
-        sandbox.destroy().await;
+        served.shutdown.notified().await;
+        match served.get() {
+            Some(sandbox) => sandbox.destroy().await,
+            None => unwind::unwind(&dir, |_, _| ()).map_err(Error::Unwind)?,
+        }
         // The reply to the request that ends us is on its way still.
         if tokio::time::timeout(FLUSH, server.shutdown()).await.is_err() {
             tracing::warn!("a client keeps its connection open");

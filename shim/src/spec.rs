@@ -8,6 +8,9 @@ use std::{
 use oci_spec::runtime::{LinuxCpu, LinuxNamespaceType, Spec};
 use vz_sys::error::chain;
 
+/// The spec's file in a bundle.
+const CONFIG: &str = "config.json";
+
 /// Why a spec cannot be run in a VM. Each names the field, and says what to do.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
@@ -50,9 +53,14 @@ pub enum Error {
     },
 }
 
+/// Whether a bundle has a spec: containerd's for a pod by the Sandbox API has none.
+pub fn is_there(bundle: &Path) -> bool {
+    bundle.join(CONFIG).exists()
+}
+
 /// Reads a bundle's spec.
 pub fn read(bundle: &Path) -> Result<Spec, Error> {
-    let path = bundle.join("config.json");
+    let path = bundle.join(CONFIG);
     Spec::load(&path).map_err(|error| Error::Read { path, reason: chain(&error) })
 }
 
@@ -101,16 +109,21 @@ pub fn annotations(spec: &Spec) -> HashMap<String, String> {
 }
 
 /// Annotation by which CRI says what a container is for: `sandbox` or `container`.
-const POD_ROLE: &str = "io.kubernetes.cri.container-type";
+pub const POD_ROLE: &str = "io.kubernetes.cri.container-type";
+/// What a pod's sandbox is for.
+pub const POD_SANDBOX: &str = "sandbox";
 /// Annotations by which CRI says what all containers of a pod may use together.
-const POD_CPU_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
-const POD_CPU_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
-const POD_CPU_SHARES: &str = "io.kubernetes.cri.sandbox-cpu-shares";
-const POD_MEMORY: &str = "io.kubernetes.cri.sandbox-memory";
+pub const POD_CPU_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
+/// The period of the quota.
+pub const POD_CPU_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
+/// The weight.
+pub const POD_CPU_SHARES: &str = "io.kubernetes.cri.sandbox-cpu-shares";
+/// Bytes.
+pub const POD_MEMORY: &str = "io.kubernetes.cri.sandbox-memory";
 
 /// Whether it is the spec of a pod's sandbox: its pause container.
 pub fn is_pod(spec: &Spec) -> bool {
-    spec.annotations().as_ref().and_then(|all| all.get(POD_ROLE)).is_some_and(|role| role == "sandbox")
+    spec.annotations().as_ref().and_then(|all| all.get(POD_ROLE)).is_some_and(|role| role == POD_SANDBOX)
 }
 
 /// The network namespace that a spec names; nothing where it asks for a new one. The host's is refused.

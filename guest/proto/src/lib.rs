@@ -60,6 +60,8 @@ pub const NETNS_PATH: &str = "/run/vz/netns";
 /// A namespace of another container as a spec's namespace path: this, the container's id, and the name that it has below
 /// /proc/PID/ns.
 pub const NAMESPACES_PATH: &str = "/run/vz/ns";
+/// Annotation of a spec whose container only keeps a pod's namespaces: it has no program, the agent is it.
+pub const PAUSE_ANNOTATION: &str = "io.containerd.vz.internal/pause";
 /// Shared memory that containers have in common as a mount's source: this, and the id of the container whose IPC
 /// namespace they share. The mount has the option `size=BYTES`.
 pub const SHM_PATH: &str = "/run/vz/shm";

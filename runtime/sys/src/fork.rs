@@ -47,6 +47,14 @@ pub fn default_sigpipe() {
     }
 }
 
+/// Has the kernel reap this process's children by itself.
+pub fn reap_nobody() -> nix::Result<()> {
+    // SAFETY: sets a disposition, touches no memory.
+    #[allow(unsafe_code)]
+    let before = unsafe { libc::signal(libc::SIGCHLD, libc::SIG_IGN) };
+    if before == libc::SIG_ERR { Err(Errno::last()) } else { Ok(()) }
+}
+
 /// Closes every descriptor from 3 on, except those in `keep`.
 ///
 /// For a child of [`fork`] that never returns into its parent's frames: owners of the closed descriptors, which are in

@@ -10,7 +10,7 @@ use std::{
 
 use containerd_shim::parse;
 use containerd_shim_protos::{
-    protobuf::Message,
+    protobuf::{Message, well_known_types::any::Any},
     types::introspection::{RuntimeInfo, RuntimeVersion},
 };
 use vz_sys::error::chain;
@@ -19,6 +19,7 @@ use crate::daemon;
 
 pub mod delete;
 pub mod error;
+pub mod features;
 pub mod parameters;
 pub mod start;
 pub mod watcher;
@@ -82,6 +83,9 @@ fn info() -> Result<ExitCode, Error> {
     let mut info = RuntimeInfo::new();
     info.name = RUNTIME.into();
     info.version = Some(version).into();
+    let features = serde_json::to_vec(&features::features());
+    let features = features.map_err(|e| fail("write features")(e.into()))?;
+    info.features = Some(Any { type_url: features::TYPE_URL.into(), value: features, ..Default::default() }).into();
     print(&info.write_to_bytes().map_err(|source| Error::Message { what: "write runtime info", source })?)?;
     Ok(ExitCode::SUCCESS)
 }

@@ -21,7 +21,7 @@ use vz_proto::CreateContainerRequest;
 use vz_sys::{error::chain, rate::Limit};
 
 use super::{
-    Container, Error, Lent, Process, copyup,
+    Container, Error, Lent, PodFiles, Process, copyup,
     peers::Peers,
     plan::{self, Plan},
     start::connect_streams,
@@ -80,11 +80,15 @@ fn mount_files(
     request: &CreateTaskRequest,
     disks: &[Disk],
     peers: &Peers,
+    pod_files: Option<&PodFiles>,
     doing: &Doing,
 ) -> Result<Files, Error> {
     let bundle = Path::new(&request.bundle);
     doing.now(format!("read the spec in {}", bundle.display()));
-    let spec = spec::read(bundle)?;
+    let mut spec = spec::read(bundle)?;
+    if let Some(files) = pod_files.filter(|_| !spec::is_pod(&spec)) {
+        files.complete(&mut spec);
+    }
     let score = Score::of(&spec)?;
     host.network.check(&spec)?;
     let root = spec.root().as_ref().map(|root| bundle.join(root.path())).unwrap_or_default();
@@ -128,7 +132,11 @@ async fn host_side(
     let (host, bundle) = (&lent.host, Path::new(&request.bundle));
     let Files { plan, rootfs, etc_files, score } = {
         let (host, request, disks) = (Arc::clone(host), request.clone(), disks.to_vec());
-        offload::run(host.files_deadline, move |doing| mount_files(&host, &request, &disks, &peers, doing)).await?
+        let pod_files = lent.pod_files.clone();
+        offload::run(host.files_deadline, move |doing| {
+            mount_files(&host, &request, &disks, &peers, pod_files.as_deref(), doing)
+        })
+        .await?
     };
     mount_watch::start(&host.share, host.files_deadline);
     for field in &plan.dropped {

@@ -34,6 +34,7 @@ pub mod kill;
 pub mod logger;
 pub mod peers;
 pub mod plan;
+pub mod pod_files;
 pub mod process;
 pub mod said;
 pub mod start;
@@ -41,6 +42,7 @@ pub mod stdio;
 pub mod update;
 
 pub use error::Error;
+pub use pod_files::PodFiles;
 pub use process::{Process, State};
 pub use said::Exit;
 
@@ -59,6 +61,8 @@ pub struct Lent {
     pub drain_deadline: Duration,
     /// When the sandbox was begun.
     pub begun: Instant,
+    /// What a pod's containers find in /etc, if containerd leaves that to the shim.
+    pub pod_files: Option<Arc<PodFiles>>,
 }
 
 impl Lent {
@@ -185,11 +189,9 @@ impl Container {
         Error::State { what, id: id.clone(), state: process.state().name(), wanted }
     }
 
-    /// Its metrics, in containerd's form.
+    /// Its metrics, in containerd's form. They are there until it is deleted: CRI asks a container that has ended whether
+    /// the kernel has killed it for want of memory.
     pub async fn stats(&self) -> Result<Vec<u8>, Error> {
-        if self.init.state() != State::Running {
-            return Err(self.wrong_state(&self.init, "must be running"));
-        }
         Ok(self.lent.guest.agent.stats(&self.id).await?)
     }
 

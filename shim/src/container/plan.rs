@@ -179,10 +179,17 @@ fn guest_mount(
     let options = mount.options().clone().unwrap_or_default();
     let has = |name: &str| options.iter().any(|option| option == name);
     let is_bind = mount.typ().as_deref() == Some("bind") || has("bind") || has("rbind");
+    let destination = mount.destination().clone();
     if !is_bind {
+        if let Shm::Shared(owner) = shm
+            && destination == Path::new("/dev/shm")
+            && mount.typ().as_deref() == Some("tmpfs")
+        {
+            let size = options.iter().rfind(|option| option.starts_with("size="));
+            share_memory(mount, owner, size.cloned().unwrap_or_else(|| format!("size={DEFAULT_SHM}")));
+        }
         return Ok(None);
     }
-    let destination = mount.destination().clone();
     let source = mount.source().clone().ok_or(Error::Missing("source of a bind mount"))?;
     let propagation = propagation(&options, &destination)?;
     if ["/proc", "/sys", "/dev/mqueue", "/dev/pts"].iter().any(|kernel| source.starts_with(kernel)) {
@@ -205,8 +212,7 @@ fn guest_mount(
         let size = size.ok().filter(|size| *shm != Shm::Vm && *size > 0).unwrap_or(DEFAULT_SHM);
         let size = format!("size={size}");
         if let Shm::Shared(owner) = shm {
-            mount.set_typ(Some("bind".into())).set_source(Some(Path::new(SHM_PATH).join(owner)));
-            mount.set_options(Some(["rbind", "nosuid", "noexec", "nodev", &size].map(String::from).into()));
+            share_memory(mount, owner, size);
         } else {
             mount.set_typ(Some("tmpfs".into())).set_source(Some("shm".into()));
             mount.set_options(Some(["nosuid", "noexec", "nodev", "mode=1777", &size].map(String::from).into()));
@@ -240,6 +246,13 @@ fn guest_mount(
     let is_etc_file = kind.is_file() && crate::host::etc_files::is_etc_file(&destination);
     let (file, is_dir) = (OwnedFd::from(file), kind.is_dir());
     Ok(Some(Bind { source, file, is_dir, name, readonly, recursive, propagation, is_etc_file }))
+}
+
+/// Makes a mount that of the shared memory of `owner`'s IPC namespace. `size` is an option of tmpfs.
+fn share_memory(mount: &mut Mount, owner: &str, size: String) {
+    let options = ["rbind", "nosuid", "noexec", "nodev"].map(String::from);
+    mount.set_typ(Some("bind".into())).set_source(Some(Path::new(SHM_PATH).join(owner)));
+    mount.set_options(Some(options.into_iter().chain([size]).collect()));
 }
 
 /// Whether the source of a bind for /dev/shm is what clients make for a container's shared memory: an empty tmpfs for
@@ -581,7 +594,7 @@ mod tests {
             &[],
         )
         .unwrap();
-        assert_eq!(crate::spec::limits(&plan.guest), (Some(2), Some(67_108_864)));
+        assert_eq!(spec::limits(&plan.guest), (Some(2), Some(67_108_864)));
         assert_eq!(plan.dropped.len(), 4, "{:?}", plan.dropped);
         let guest = serde_json::to_value(plan.guest).unwrap();
         assert_eq!(guest["linux"]["resources"]["memory"], json!({ "limit": 67_108_864 }));

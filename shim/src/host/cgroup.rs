@@ -18,6 +18,10 @@ use cgroups_rs::{
     fs::{Cgroup as Group, CpuResources, MemoryResources, Resources, hierarchies},
     systemd::utils::expand_slice,
 };
+use containerd_shim_protos::{
+    cgroups_v2::metrics::{CPUStat, MemoryStat, Metrics, PidsStat},
+    protobuf::MessageField,
+};
 use nix::{
     errno::Errno,
     poll::{PollFd, PollFlags, PollTimeout, poll},
@@ -126,6 +130,29 @@ impl Cgroup {
         let texts =
             paths.iter().flat_map(|path| files.iter().filter_map(|file| fs::read_to_string(path.join(file)).ok()));
         texts.map(|text| killed(&text)).sum()
+    }
+
+    /// What is used in it, in the form of cgroup v2.
+    pub fn metrics(&self) -> Metrics {
+        let paths = self.paths();
+        let read = |name: &str| paths.iter().find_map(|path| fs::read_to_string(path.join(name)).ok());
+        let number = |names: [&str; 2]| names.iter().find_map(|name| read(name)?.trim().parse().ok());
+        let usage_usec = read("cpu.stat")
+            .and_then(|text| text.lines().find_map(|line| line.strip_prefix("usage_usec ")?.parse().ok()))
+            .or_else(|| Some(read("cpuacct.usage")?.trim().parse::<u64>().ok()? / 1000));
+        let cpu = CPUStat { usage_usec: usage_usec.unwrap_or(0), ..Default::default() };
+        let memory = MemoryStat {
+            usage: number(["memory.current", "memory.usage_in_bytes"]).unwrap_or(0),
+            usage_limit: number(["memory.max", "memory.limit_in_bytes"]).unwrap_or(u64::MAX),
+            ..Default::default()
+        };
+        let pids = PidsStat { current: number(["pids.current", "pids.current"]).unwrap_or(0), ..Default::default() };
+        Metrics {
+            cpu: MessageField::some(cpu),
+            memory: MessageField::some(memory),
+            pids: MessageField::some(pids),
+            ..Default::default()
+        }
     }
 
     /// Applies the limit of CPU time.

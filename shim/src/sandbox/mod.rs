@@ -11,18 +11,21 @@ use std::{
 
 use containerd_shim_protos::{
     api::CreateTaskRequest,
+    cgroups_v2::metrics::Metrics,
     events::task::{TaskCreate, TaskIO},
 };
-use tokio::sync::Notify;
 use vz_sys::{error::chain, sync::lock};
 
 use crate::{
     container::{self, Container, Exit, Lent, Process, State, create, peers::Peers},
-    host::{self, disks::Disk, hooks, unwind},
+    events::Publisher,
+    host::{self, cgroup::Cgroup, disks::Disk, hooks, unwind},
 };
 
 pub mod error;
+pub mod pod;
 pub mod prepare;
+pub mod served;
 pub mod shape;
 pub mod watch;
 
@@ -45,8 +48,6 @@ pub struct Sandbox {
     identity: Identity,
     /// Both its sides, as its containers have them.
     lent: Lent,
-    /// Notified once when the shim is to exit.
-    pub shutdown: Notify,
     containers: Mutex<HashMap<String, Slot>>,
 }
 
@@ -73,7 +74,7 @@ impl Slot {
 impl Sandbox {
     /// A sandbox without containers.
     pub fn new(identity: Identity, lent: Lent) -> Self {
-        Self { identity, lent, shutdown: Notify::new(), containers: Mutex::default() }
+        Self { identity, lent, containers: Mutex::default() }
     }
 
     /// A container.
@@ -93,7 +94,8 @@ impl Sandbox {
     pub async fn create(self: &Arc<Self>, request: &CreateTaskRequest) -> Result<Arc<Container>, container::Error> {
         let id = &request.id;
         self.reserve(id)?;
-        let (container, spec) = match create::on_host(&self.lent, request, self.disks_of(id), self.peers()).await {
+        let (container, spec) = match create::on_host(&self.lent_to(id), request, self.disks_of(id), self.peers()).await
+        {
             Ok((container, spec)) => (Arc::new(container), spec),
             Err(error) => {
                 self.remove(id);
@@ -130,7 +132,7 @@ impl Sandbox {
         event.set_io(io);
         event.set_checkpoint(request.checkpoint.clone());
         event.set_pid(container.pid);
-        self.lent.publisher.publish("/tasks/create", Box::new(event));
+        self.lent_to(&request.id).publisher.publish("/tasks/create", Box::new(event));
         tracing::info!(container = container.id, at_ms = self.lent.elapsed_ms(), "container is created");
     }
 
@@ -212,6 +214,43 @@ impl Sandbox {
     /// The disks that are a container's: all are the first one's.
     fn disks_of(&self, container: &str) -> &[Disk] {
         if container == self.identity.id { &self.lent.host.disks } else { &[] }
+    }
+
+    /// What a container is lent. containerd does not know the pause container that a pod's sandbox has made, and hears
+    /// nothing of it.
+    fn lent_to(&self, id: &str) -> Lent {
+        let mut lent = self.lent.clone();
+        if lent.pod_files.is_some() && id == self.identity.id {
+            lent.publisher = Publisher::to_nobody();
+        }
+        lent
+    }
+
+    /// Kills all containers, and ends the VM once they have left it. They stay until they are deleted.
+    pub async fn stop(&self) {
+        let containers = self.all();
+        let stopping: Vec<_> = containers
+            .into_iter()
+            .map(|container| {
+                tokio::spawn(async move {
+                    if let Err(error) = container.kill_init(true).await {
+                        tracing::warn!(container = container.id, error = chain(&error), "kill");
+                    }
+                    container.init.wait().await;
+                    // Its file systems are unmounted in the guest before the VM ends.
+                    container.leave_guest().await;
+                })
+            })
+            .collect();
+        for stopped in stopping {
+            drop(stopped.await);
+        }
+        self.lent.guest.end().await;
+    }
+
+    /// What the sandbox uses on the host.
+    pub fn metrics(&self) -> Metrics {
+        self.lent.host.cgroup.as_ref().map(Cgroup::metrics).unwrap_or_default()
     }
 
     /// The containers that are there, as a new one's spec may name them.

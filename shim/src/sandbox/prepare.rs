@@ -19,7 +19,7 @@ use super::{
     watch,
 };
 use crate::{
-    container::Lent,
+    container::{Lent, PodFiles},
     events::Publisher,
     guest::{
         Deadlines, Guest, Size,
@@ -44,16 +44,24 @@ pub struct Prepared {
     begun: Instant,
 }
 
-/// Makes the share and the network, and starts the VM, whose process logs to `stderr`.
+/// What a daemon has before it knows what its sandbox is to be.
+#[derive(Debug)]
+pub struct Ground {
+    /// The configuration, without annotations.
+    pub config: Config,
+    /// Where what the sandbox owns is written down.
+    pub journal: Journal,
+    /// Where the vmm logs.
+    pub stderr: Option<File>,
+    /// The host's mount namespace.
+    pub surroundings: Arc<Surroundings>,
+}
+
+/// Makes the share and the network, and starts the VM.
 ///
 /// The process must be single-threaded, and this thread must be its main thread.
-pub fn prepare(
-    identity: &Identity,
-    config: Config,
-    journal: Journal,
-    stderr: Option<&File>,
-    surroundings: Arc<Surroundings>,
-) -> Result<Prepared, Error> {
+pub fn prepare(identity: &Identity, ground: Ground) -> Result<Prepared, Error> {
+    let Ground { config, journal, stderr, surroundings } = ground;
     let begun = Instant::now();
     let spec = spec::read(&identity.bundle)?;
     let config = config.annotate(&spec::annotations(&spec), shape::host())?;
@@ -89,7 +97,7 @@ pub fn prepare(
     let oom_score = Score::of(&spec)?;
     let place = Place { user_namespace: config.vmm.user_namespace, cgroup: cgroup.as_ref(), oom_score };
     let files: Vec<OwnedFd> = cards.taps.into_iter().chain(disk_files).collect();
-    let vmm = vmm::start(boot, &files, &place, stderr)?;
+    let vmm = vmm::start(boot, &files, &place, stderr.as_ref())?;
     journal.process("vmm", vmm.pid())?;
     let limit = Duration::from_secs(config.timeouts.hook_s);
     let host = Host {
@@ -106,7 +114,14 @@ pub fn prepare(
 
 impl Prepared {
     /// Starts listening to the VM, in the current tokio runtime.
-    pub fn run(self, identity: Identity, publisher: Publisher) -> Result<Arc<Sandbox>, Error> {
+    ///
+    /// `pod_files` are those of a pod that containerd describes, see [`super::pod`].
+    pub fn run(
+        self,
+        identity: Identity,
+        publisher: Publisher,
+        pod_files: Option<Arc<PodFiles>>,
+    ) -> Result<Arc<Sandbox>, Error> {
         let timeouts = &self.config.timeouts;
         let deadlines = Deadlines {
             request: Duration::from_secs(timeouts.agent_s),
@@ -123,6 +138,7 @@ impl Prepared {
             namespace: identity.namespace.clone(),
             drain_deadline: Duration::from_secs(timeouts.drain_s),
             begun: self.begun,
+            pod_files,
         };
         let sandbox = Arc::new(Sandbox::new(identity, lent));
         let (notices, receiver) = vmm::notices();

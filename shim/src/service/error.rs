@@ -7,6 +7,8 @@ use crate::{
     container::{self, Error as Container},
     guest::Error as Guest,
     host::{Error as Host, cgroup, disks},
+    sandbox::{self, pod, served},
+    spec,
 };
 
 /// Why a request failed.
@@ -15,6 +17,12 @@ pub enum Error {
     /// A container, or something of it.
     #[error(transparent)]
     Container(#[from] container::Error),
+    /// A pod's sandbox.
+    #[error(transparent)]
+    Served(#[from] served::Error),
+    /// A request that a VM cannot fulfil.
+    #[error(transparent)]
+    Spec(#[from] spec::Error),
     /// Not offered.
     #[error("{0} is not supported by vz")]
     Unimplemented(&'static str),
@@ -30,12 +38,27 @@ impl Error {
         match self {
             Self::Unimplemented(_) => Code::UNIMPLEMENTED,
             Self::Container(error) => of_container(error),
+            Self::Served(error) => of_served(error),
+            Self::Spec(_) => Code::INVALID_ARGUMENT,
         }
     }
 
     /// What the client is told.
     pub fn to_ttrpc(&self) -> ttrpc::Error {
         ttrpc::Error::RpcStatus(get_status(self.code(), chain(self)))
+    }
+}
+
+fn of_served(error: &served::Error) -> Code {
+    match error {
+        served::Error::NotFound(_) => Code::NOT_FOUND,
+        served::Error::Step { .. } => Code::FAILED_PRECONDITION,
+        served::Error::Pod(pod::Error::Options(_) | pod::Error::Spec(_)) => Code::INVALID_ARGUMENT,
+        served::Error::Sandbox(sandbox::Error::Host(error)) => of_host(error),
+        served::Error::Sandbox(sandbox::Error::Guest(error)) => of_guest(error),
+        served::Error::Sandbox(sandbox::Error::Spec(_) | sandbox::Error::Config(_)) => Code::INVALID_ARGUMENT,
+        served::Error::Container(error) => of_container(error),
+        served::Error::Pod(pod::Error::Bundle { .. }) | served::Error::Sandbox(_) => Code::UNKNOWN,
     }
 }
 

@@ -23,7 +23,7 @@ use super::Error;
 use crate::{
     container::{self, Exit, State, stdio::Stdio},
     report::Report,
-    sandbox::Sandbox,
+    sandbox::served::Served,
 };
 
 type Reply<T> = ttrpc::Result<T>;
@@ -32,20 +32,20 @@ type Reply<T> = ttrpc::Result<T>;
 #[derive(Debug, Clone)]
 pub struct Service {
     /// The sandbox.
-    pub sandbox: Arc<Sandbox>,
+    pub served: Arc<Served>,
     /// Who is to know that containerd has called.
     pub report: Arc<Report>,
 }
 
 /// Runs a request to its end, whatever becomes of its caller.
-async fn detached<T: Send + 'static>(
+pub async fn detached<T: Send + 'static>(
     what: &'static str,
     id: &str,
-    work: impl Future<Output = Result<T, container::Error>> + Send + 'static,
+    work: impl Future<Output = Result<T, Error>> + Send + 'static,
 ) -> Reply<T> {
     let id = id.to_owned();
     let done = tokio::spawn(async move {
-        let result = work.await.map_err(Error::from);
+        let result = work.await;
         match &result {
             Ok(_) => tracing::debug!(container = id, "{what}"),
             Err(error) if error.is_gone() => tracing::debug!(container = id, "{what}: not found"),
@@ -77,8 +77,9 @@ impl Task for Service {
         if !request.checkpoint.is_empty() {
             return unsupported("restoring a checkpoint");
         }
-        let (sandbox, id) = (self.sandbox.clone(), request.id.clone());
+        let (served, id) = (self.served.clone(), request.id.clone());
         detached("create", &id, async move {
+            let sandbox = served.of_container(&request.id)?;
             let mut response = CreateTaskResponse::new();
             response.set_pid(sandbox.create(&request).await?.pid);
             Ok(response)
@@ -87,8 +88,9 @@ impl Task for Service {
     }
 
     async fn start(&self, _: &TtrpcContext, request: StartRequest) -> Reply<StartResponse> {
-        let (sandbox, id) = (self.sandbox.clone(), request.id.clone());
+        let (served, id) = (self.served.clone(), request.id.clone());
         detached("start", &id, async move {
+            let sandbox = served.of_container(&request.id)?;
             let (container, process) = sandbox.process(&request.id, &request.exec_id)?;
             match request.exec_id.as_str() {
                 "" => container.start().await?,
@@ -102,8 +104,9 @@ impl Task for Service {
     }
 
     async fn delete(&self, _: &TtrpcContext, request: DeleteRequest) -> Reply<DeleteResponse> {
-        let (sandbox, id) = (self.sandbox.clone(), request.id.clone());
+        let (served, id) = (self.served.clone(), request.id.clone());
         detached("delete", &id, async move {
+            let sandbox = served.of_container(&request.id)?;
             let (container, process) = sandbox.process(&request.id, &request.exec_id)?;
             let exit = match request.exec_id.as_str() {
                 "" => Some(sandbox.delete_container(&container).await?),
@@ -115,8 +118,9 @@ impl Task for Service {
     }
 
     async fn exec(&self, _: &TtrpcContext, request: ExecProcessRequest) -> Reply<Empty> {
-        let (sandbox, id) = (self.sandbox.clone(), request.id.clone());
+        let (served, id) = (self.served.clone(), request.id.clone());
         detached("exec", &id, async move {
+            let sandbox = served.of_container(&request.id)?;
             let container = sandbox.container(&request.id)?;
             let process = serde_json::from_slice(&request.spec().value)
                 .map_err(|e| container::Error::Invalid(format!("exec {}: process spec: {e}", request.exec_id)))?;
@@ -133,8 +137,9 @@ impl Task for Service {
     }
 
     async fn state(&self, _: &TtrpcContext, request: StateRequest) -> Reply<StateResponse> {
-        let (sandbox, id) = (self.sandbox.clone(), request.id.clone());
+        let (served, id) = (self.served.clone(), request.id.clone());
         detached("state", &id, async move {
+            let sandbox = served.of_container(&request.id)?;
             let (container, process) = sandbox.process(&request.id, &request.exec_id)?;
             let mut response = StateResponse::new();
             response.set_id(container.id.clone());
@@ -161,8 +166,9 @@ impl Task for Service {
 
     async fn wait(&self, _: &TtrpcContext, request: WaitRequest) -> Reply<WaitResponse> {
         // Not detached: it changes nothing, and a client that goes away needs no answer.
-        let (_, process) =
-            self.sandbox.process(&request.id, &request.exec_id).map_err(|error| Error::from(error).to_ttrpc())?;
+        let sandbox = self.served.of_container(&request.id);
+        let found = sandbox.and_then(|sandbox| sandbox.process(&request.id, &request.exec_id));
+        let (_, process) = found.map_err(|error| Error::from(error).to_ttrpc())?;
         let exit = process.wait().await;
         let mut response = WaitResponse::new();
         response.set_exit_status(exit.status);
@@ -171,8 +177,9 @@ impl Task for Service {
     }
 
     async fn kill(&self, _: &TtrpcContext, request: KillRequest) -> Reply<Empty> {
-        let (sandbox, id) = (self.sandbox.clone(), request.id.clone());
+        let (served, id) = (self.served.clone(), request.id.clone());
         detached("kill", &id, async move {
+            let sandbox = served.of_container(&request.id)?;
             let (container, process) = sandbox.process(&request.id, &request.exec_id)?;
             container.signal(&process, request.signal, request.all).await?;
             Ok(Empty::new())
@@ -181,8 +188,9 @@ impl Task for Service {
     }
 
     async fn resize_pty(&self, _: &TtrpcContext, request: ResizePtyRequest) -> Reply<Empty> {
-        let (sandbox, id) = (self.sandbox.clone(), request.id.clone());
+        let (served, id) = (self.served.clone(), request.id.clone());
         detached("resize pty", &id, async move {
+            let sandbox = served.of_container(&request.id)?;
             let (container, process) = sandbox.process(&request.id, &request.exec_id)?;
             container.resize(&process, request.width, request.height).await?;
             Ok(Empty::new())
@@ -191,8 +199,9 @@ impl Task for Service {
     }
 
     async fn close_io(&self, _: &TtrpcContext, request: CloseIORequest) -> Reply<Empty> {
-        let (sandbox, id) = (self.sandbox.clone(), request.id.clone());
+        let (served, id) = (self.served.clone(), request.id.clone());
         detached("close io", &id, async move {
+            let sandbox = served.of_container(&request.id)?;
             let (_, process) = sandbox.process(&request.id, &request.exec_id)?;
             if request.stdin {
                 process.close_stdin();
@@ -203,9 +212,10 @@ impl Task for Service {
     }
 
     async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> Reply<PidsResponse> {
-        let (sandbox, id) = (self.sandbox.clone(), request.id.clone());
+        let (served, id) = (self.served.clone(), request.id.clone());
         // The guest's pids mean nothing on the host: the one pid that does is the anchor's.
         detached("pids", &id, async move {
+            let sandbox = served.of_container(&request.id)?;
             let mut info = ProcessInfo::new();
             info.set_pid(sandbox.container(&request.id)?.pid);
             let mut response = PidsResponse::new();
@@ -216,8 +226,9 @@ impl Task for Service {
     }
 
     async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> Reply<StatsResponse> {
-        let (sandbox, id) = (self.sandbox.clone(), request.id.clone());
+        let (served, id) = (self.served.clone(), request.id.clone());
         detached("stats", &id, async move {
+            let sandbox = served.of_container(&request.id)?;
             let mut any = Any::new();
             any.type_url = "io.containerd.cgroups.v2.Metrics".into();
             any.value = sandbox.container(&request.id)?.stats().await?;
@@ -233,14 +244,16 @@ impl Task for Service {
         let mut response = ConnectResponse::new();
         response.set_shim_pid(std::process::id());
         // Answered for an unknown id too: a daemon that has restarted asks this first.
-        response.set_task_pid(self.sandbox.container(&request.id).map_or(0, |container| container.pid));
+        let container = self.served.of_container(&request.id).and_then(|sandbox| sandbox.container(&request.id));
+        response.set_task_pid(container.map_or(0, |container| container.pid));
         response.set_version(env!("CARGO_PKG_VERSION").into());
         Ok(response)
     }
 
     async fn shutdown(&self, _: &TtrpcContext, request: ShutdownRequest) -> Reply<Empty> {
-        if request.now || self.sandbox.is_empty() {
-            self.sandbox.shutdown.notify_one();
+        // A pod's sandbox ends by the Sandbox API, and may not be there yet.
+        if self.served.get().is_some_and(|sandbox| request.now || sandbox.is_empty()) {
+            self.served.shutdown.notify_one();
         }
         Ok(Empty::new())
     }
@@ -254,8 +267,9 @@ impl Task for Service {
     }
 
     async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> Reply<Empty> {
-        let (sandbox, id) = (self.sandbox.clone(), request.id.clone());
+        let (served, id) = (self.served.clone(), request.id.clone());
         detached("update", &id, async move {
+            let sandbox = served.of_container(&request.id)?;
             let container = sandbox.container(&request.id)?;
             let resources = serde_json::from_slice(&request.resources().value)
                 .map_err(|e| container::Error::Invalid(format!("update {}: resources: {e}", request.id)))?;

@@ -15,6 +15,7 @@ use libcontainer::{
 use nix::{
     errno::Errno,
     fcntl::{AT_FDCWD, AtFlags},
+    sys::signal::{SigSet, Signal},
     unistd::{AccessFlags, execv, faccessat},
 };
 
@@ -33,11 +34,16 @@ pub struct Program {
     pub speaks: bool,
     /// What libcontainer leaves undone in an exec.
     pub late: Option<Late>,
+    /// Whether there is no program: the process itself keeps a pod's namespaces.
+    pub pauses: bool,
 }
 
 impl Executor for Program {
     fn validate(&self, spec: &Spec) -> Result<(), ExecutorValidationError> {
         let refuse = ExecutorValidationError::ArgValidationError;
+        if self.pauses {
+            return Ok(());
+        }
         let name = name(spec).ok_or_else(|| refuse("process has no args".into()))?;
         // The environment is still the agent's.
         let env = spec.process().as_ref().and_then(|p| p.env().as_ref()).map(Vec::as_slice).unwrap_or_default();
@@ -54,12 +60,34 @@ impl Executor for Program {
     }
 
     fn exec(&self, spec: &Spec) -> Result<(), ExecutorError> {
+        if self.pauses {
+            let error = pause();
+            return Err(ExecutorError::Other(format!("wait for a signal: {}", strerror(error))));
+        }
         let error = execute(spec);
         if self.speaks {
             // As runc does: the client has its answer to start, and reads the container's output.
             eprintln!("{error}");
         }
         Err(ExecutorError::Other(error))
+    }
+}
+
+/// Waits for SIGTERM or SIGINT, which end the process. The kernel reaps what the containers of a shared PID namespace
+/// leave behind, since nobody wants to know.
+fn pause() -> Errno {
+    if let Err(error) = vz_sys::fork::reap_nobody() {
+        return error;
+    }
+    let mut ends = SigSet::empty();
+    ends.add(Signal::SIGTERM);
+    ends.add(Signal::SIGINT);
+    if let Err(error) = ends.thread_block() {
+        return error;
+    }
+    match ends.wait() {
+        Ok(_) => std::process::exit(0),
+        Err(error) => error,
     }
 }
 

@@ -18,6 +18,8 @@ use nix::{
     sys::stat::Mode,
 };
 
+use vz_proto::PAUSE_ANNOTATION;
+
 use super::{Made, console, devices, executor::Program, seccomp::Late};
 use crate::{
     home, paths,
@@ -54,7 +56,7 @@ pub fn create(id: &str, terminal: bool, stdio: Vec<(Stream, OwnedFd)>) -> Result
     let bundle = paths::bundle(id);
     let spec = Spec::load(bundle.join("config.json"))?;
     let process = spec.process().as_ref().ok_or(MakeError::NoProcess)?;
-    let program = Program { terminal: false, speaks: true, late: None };
+    let program = Program { terminal: false, speaks: true, late: None, pauses: is_pause(&spec) };
     let builder = ContainerBuilder::new(id.to_owned(), SyscallType::default())
         .with_root_path(paths::LIBCONTAINER)?
         .with_executor(program);
@@ -97,6 +99,11 @@ fn finish(id: &str, pid: i32, spec: &Spec) -> Result<()> {
     Ok(())
 }
 
+/// Whether the container is there for its namespaces only.
+fn is_pause(spec: &Spec) -> bool {
+    spec.annotations().as_ref().is_some_and(|all| all.contains_key(PAUSE_ANNOTATION))
+}
+
 /// Whether the container gets a new network namespace, in which nothing is up.
 fn has_own_network(spec: &Spec) -> bool {
     let mut namespaces = spec.linux().iter().flat_map(|l| l.namespaces().iter().flatten());
@@ -131,7 +138,7 @@ pub fn exec(key: &Key, terminal: bool, mut stdio: Vec<(Stream, OwnedFd)>) -> Res
     let own = root.join(&key.container);
     fs::create_dir_all(&own).map_err(io_error("create the exec's state"))?;
     fs::copy(state.join("state.json"), own.join("state.json")).map_err(io_error("copy the container's state"))?;
-    let program = Program { terminal, speaks: false, late };
+    let program = Program { terminal, speaks: false, late, pauses: false };
     let builder = ContainerBuilder::new(key.container.clone(), SyscallType::default())
         .with_root_path(root)?
         .with_executor(program);

@@ -9,6 +9,7 @@ use std::{
 use nix::{
     errno::Errno,
     mount::{MntFlags, MsFlags, mount, umount2},
+    sys::statvfs::statvfs,
 };
 use oci_spec::runtime::Spec;
 use vz_proto::{NAMESPACES_PATH, SHM_PATH};
@@ -65,7 +66,7 @@ fn memory(owner: &str) -> PathBuf {
 
 fn make(path: &Path, size: &str) -> io::Result<()> {
     match fs::DirBuilder::new().mode(0o700).create(path) {
-        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => return Ok(()),
+        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => return grow(path, size),
         Err(e) if e.kind() == io::ErrorKind::NotFound => {
             fs::DirBuilder::new().mode(0o700).recursive(true).create(path)?;
         }
@@ -78,6 +79,31 @@ fn make(path: &Path, size: &str) -> io::Result<()> {
         drop(fs::remove_dir(path));
         e.into()
     })
+}
+
+/// Gives it the larger one of its size and `size`, an option of tmpfs: a container may bring more for all.
+fn grow(path: &Path, size: &str) -> io::Result<()> {
+    let has = statvfs(path)?;
+    let has = has.blocks().saturating_mul(has.fragment_size());
+    let wanted = size.strip_prefix("size=").and_then(bytes);
+    if wanted.is_none_or(|wanted| wanted <= has) {
+        return Ok(());
+    }
+    let flags = MsFlags::MS_REMOUNT | MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    Ok(mount(None::<&str>, path, None::<&str>, flags, Some(size))?)
+}
+
+/// A size as tmpfs takes it, where it is a number of bytes.
+fn bytes(text: &str) -> Option<u64> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let shift = match text.get(digits.len()..)?.to_ascii_lowercase().as_str() {
+        "" => 0,
+        "k" => 10,
+        "m" => 20,
+        "g" => 30,
+        _ => return None,
+    };
+    digits.parse::<u64>().ok()?.checked_mul(1 << shift)
 }
 
 #[cfg(test)]
@@ -100,6 +126,12 @@ mod tests {
         let linux = spec.linux().clone().unwrap();
         let paths: Vec<_> = linux.namespaces().iter().flatten().map(|n| n.path().clone()).collect();
         assert_eq!(paths, [Some("/proc/17/ns/ipc".into()), None, Some("/x".into())]);
+    }
+
+    #[test]
+    fn sizes_are_tmpfs_own() {
+        let found = ["65536k", "1G", "7", "50%", "", "x", "18446744073709551615g"].map(bytes);
+        assert_eq!(found, [Some(64 << 20), Some(1 << 30), Some(7), None, None, None, None]);
     }
 
     #[test]
