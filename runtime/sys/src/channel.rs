@@ -4,14 +4,16 @@
 
 use std::{
     io::{self, IoSlice, IoSliceMut},
-    os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
+    mem::MaybeUninit,
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd},
 };
 
-use nix::{
+use rustix::{
     cmsg_space,
-    errno::Errno,
-    sys::socket::{
-        AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, sendmsg, socketpair,
+    io::{Errno, ioctl_fionread},
+    net::{
+        AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
+        SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg, sendmsg, socketpair,
     },
 };
 
@@ -19,6 +21,8 @@ use nix::{
 pub const MAX_MESSAGE: usize = 128 * 1024;
 /// Most descriptors in one message.
 pub const MAX_FDS: usize = 64;
+/// Bytes of the control message that carries them.
+const CONTROL: usize = cmsg_space!(ScmRights(MAX_FDS));
 
 /// One end of the channel.
 #[derive(Debug)]
@@ -36,7 +40,7 @@ pub struct Message {
 impl Channel {
     /// A connected pair of blocking ends, both close-on-exec.
     pub fn pair() -> io::Result<(Self, Self)> {
-        let (a, b) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
+        let (a, b) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
         Ok((Self(a), Self(b)))
     }
 
@@ -50,13 +54,15 @@ impl Channel {
         if bytes.is_empty() || bytes.len() > MAX_MESSAGE || fds.len() > MAX_FDS {
             return Err(io::Error::from(io::ErrorKind::InvalidInput));
         }
-        let raw: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
-        let rights = [ControlMessage::ScmRights(&raw)];
-        let control: &[ControlMessage<'_>] = if raw.is_empty() { &[] } else { &rights };
+        let mut space = [MaybeUninit::uninit(); CONTROL];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        if !fds.is_empty() && !control.push(SendAncillaryMessage::ScmRights(fds)) {
+            return Err(io::Error::from(io::ErrorKind::InvalidInput));
+        }
         loop {
-            match sendmsg::<()>(self.0.as_raw_fd(), &[IoSlice::new(bytes)], control, MsgFlags::MSG_NOSIGNAL, None) {
+            match sendmsg(&self.0, &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL) {
                 Ok(_) => return Ok(()),
-                Err(Errno::EINTR) => {}
+                Err(Errno::INTR) => {}
                 Err(e) => return Err(e.into()),
             }
         }
@@ -68,33 +74,26 @@ impl Channel {
     /// is larger than [`MAX_MESSAGE`] or carried more than [`MAX_FDS`], is `InvalidData`.
     pub fn recv(&self) -> io::Result<Option<Message>> {
         let mut bytes = vec![0; MAX_MESSAGE];
-        let mut control = cmsg_space!([RawFd; MAX_FDS]);
-        let (len, fds, cut) = loop {
-            let mut iov = [IoSliceMut::new(&mut bytes)];
-            match recvmsg::<()>(self.0.as_raw_fd(), &mut iov, Some(&mut control), MsgFlags::MSG_CMSG_CLOEXEC) {
+        let mut space = [MaybeUninit::uninit(); CONTROL];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let (len, cut) = loop {
+            match recvmsg(&self.0, &mut [IoSliceMut::new(&mut bytes)], &mut control, RecvFlags::CMSG_CLOEXEC) {
                 Ok(message) => {
-                    let mut fds = Vec::new();
-                    for c in message.cmsgs()? {
-                        if let ControlMessageOwned::ScmRights(raw) = c {
-                            fds.extend(raw.into_iter().map(|fd| {
-                                // SAFETY: the kernel has just installed this descriptor for us, nobody else knows it.
-                                #[allow(unsafe_code)]
-                                unsafe {
-                                    OwnedFd::from_raw_fd(fd)
-                                }
-                            }));
-                        }
-                    }
-                    let cut = message.flags.intersects(MsgFlags::MSG_TRUNC | MsgFlags::MSG_CTRUNC);
-                    break (message.bytes, fds, cut);
+                    break (message.bytes, message.flags.intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC));
                 }
-                Err(Errno::EINTR) => {}
+                Err(Errno::INTR) => {}
                 // A peer that died with our messages unread.
-                Err(Errno::ECONNRESET) => return Ok(None),
+                Err(Errno::CONNRESET) => return Ok(None),
                 Err(e) => return Err(e.into()),
             }
         };
-        if cut {
+        let rights = control.drain().filter_map(|message| match message {
+            RecvAncillaryMessage::ScmRights(fds) => Some(fds),
+            _ => None,
+        });
+        let fds: Vec<OwnedFd> = rights.flatten().collect();
+        // The control message has some room to spare, for its alignment.
+        if cut || fds.len() > MAX_FDS {
             return Err(io::Error::new(io::ErrorKind::InvalidData, "message was cut off"));
         }
         if len == 0 {
@@ -113,11 +112,7 @@ impl Channel {
 
 /// Bytes that a pipe or fifo holds and nobody has read yet.
 pub fn unread(fd: BorrowedFd<'_>) -> io::Result<usize> {
-    let mut bytes: libc::c_int = 0;
-    // SAFETY: FIONREAD stores one int at the address, which is valid for the call.
-    #[allow(unsafe_code)]
-    let done = unsafe { libc::ioctl(fd.as_raw_fd(), libc::FIONREAD, &raw mut bytes) };
-    if done < 0 { Err(io::Error::last_os_error()) } else { Ok(usize::try_from(bytes).unwrap_or(0)) }
+    Ok(usize::try_from(ioctl_fionread(fd)?).unwrap_or(0))
 }
 
 impl AsFd for Channel {
@@ -166,6 +161,24 @@ mod tests {
         let (a, _b) = Channel::pair().unwrap();
         assert_eq!(a.send(&vec![0; MAX_MESSAGE + 1], &[]).unwrap_err().kind(), io::ErrorKind::InvalidInput);
         assert_eq!(a.send(b"", &[]).unwrap_err().kind(), io::ErrorKind::InvalidInput);
+    }
+
+    #[test]
+    fn as_many_descriptors_as_there_may_be_arrive_and_no_more() {
+        let (a, b) = Channel::pair().unwrap();
+        let file = File::open("/dev/null").unwrap();
+        let most = [file.as_fd(); MAX_FDS];
+        a.send(b"x", &most).unwrap();
+        assert_eq!(b.recv().unwrap().unwrap().fds.len(), MAX_FDS);
+        // What a peer that does not use `send` can do.
+        for extra in 1..4 {
+            let too_many = vec![file.as_fd(); MAX_FDS + extra];
+            let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(MAX_FDS + 4))];
+            let mut control = SendAncillaryBuffer::new(&mut space);
+            assert!(control.push(SendAncillaryMessage::ScmRights(&too_many)));
+            sendmsg(&a, &[IoSlice::new(b"x")], &mut control, SendFlags::NOSIGNAL).unwrap();
+            assert_eq!(b.recv().unwrap_err().kind(), io::ErrorKind::InvalidData);
+        }
     }
 
     #[test]

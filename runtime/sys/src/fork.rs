@@ -2,7 +2,12 @@
 
 use std::{io, os::fd::RawFd};
 
-use nix::{errno::Errno, unistd::Pid};
+use nix::{
+    errno::Errno,
+    sys::signal::{SigSet, SigmaskHow, sigprocmask},
+    unistd::Pid,
+};
+use rustix::process::{WaitOptions, wait};
 
 /// Which side of a fork the caller is on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,13 +30,8 @@ pub fn fork() -> io::Result<Fork> {
     match unsafe { nix::unistd::fork() }? {
         nix::unistd::ForkResult::Parent { child } => Ok(Fork::Parent(child)),
         nix::unistd::ForkResult::Child => {
-            // SAFETY: sigprocmask on values of our own.
-            #[allow(unsafe_code)]
-            unsafe {
-                let mut none: libc::sigset_t = std::mem::zeroed();
-                libc::sigemptyset(&raw mut none);
-                libc::sigprocmask(libc::SIG_SETMASK, &raw const none, std::ptr::null_mut());
-            }
+            // Fails for a bad argument only.
+            let _ = sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None);
             Ok(Fork::Child)
         }
     }
@@ -65,17 +65,19 @@ pub fn close_other_fds(keep: &[RawFd]) -> io::Result<()> {
     let mut from = 3;
     for fd in kept {
         if fd > from {
-            close_range(from, fd - 1)?;
+            close_range(from, fd - 1, 0)?;
         }
         from = fd.saturating_add(1);
     }
-    close_range(from, u32::MAX)
+    close_range(from, u32::MAX, 0)
 }
 
-fn close_range(first: u32, last: u32) -> io::Result<()> {
-    // SAFETY: plain numbers; by the caller's contract nothing uses these descriptors any more.
+/// Closes descriptors, or marks them where `flags` is `CLOSE_RANGE_CLOEXEC`. One system call: a child may make it
+/// before exec.
+pub(crate) fn close_range(first: u32, last: u32, flags: u32) -> io::Result<()> {
+    // SAFETY: plain numbers. Flags of descriptors change, or by the caller's contract nothing uses them any more.
     #[allow(unsafe_code)]
-    let done = unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) };
+    let done = unsafe { libc::syscall(libc::SYS_close_range, first, last, flags) };
     if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
@@ -100,15 +102,13 @@ pub struct Ended {
 ///
 /// Unlike `nix::sys::wait` it knows real-time signals.
 pub fn reap() -> io::Result<Option<Ended>> {
-    let mut status = 0;
     loop {
-        // SAFETY: the kernel writes one int, which lives for the whole call.
-        #[allow(unsafe_code)]
-        let pid = unsafe { libc::waitpid(-1, &raw mut status, libc::WNOHANG) };
-        return match Errno::result(pid) {
-            Ok(0) | Err(Errno::ECHILD) => Ok(None),
-            Ok(pid) => Ok(Some(Ended { pid: Pid::from_raw(pid), status: code(status) })),
-            Err(Errno::EINTR) => continue,
+        return match wait(WaitOptions::NOHANG) {
+            Ok(None) | Err(rustix::io::Errno::CHILD) => Ok(None),
+            Ok(Some((pid, status))) => {
+                Ok(Some(Ended { pid: Pid::from_raw(pid.as_raw_pid()), status: code(status.as_raw()) }))
+            }
+            Err(rustix::io::Errno::INTR) => continue,
             Err(e) => Err(e.into()),
         };
     }

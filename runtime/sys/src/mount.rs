@@ -137,22 +137,15 @@ pub fn detach_below(dir: BorrowedFd<'_>, name: &Path) -> io::Result<bool> {
 
 /// Sets attributes (`MOUNT_ATTR_*`) on a mount and, where `recursive`, on all below it.
 pub fn set_attributes(tree: BorrowedFd<'_>, attributes: u64, recursive: bool) -> io::Result<()> {
-    // SAFETY: mount_attr is plain data; all zero is its empty value.
-    #[allow(unsafe_code)]
-    let mut attr: libc::mount_attr = unsafe { std::mem::zeroed() };
-    attr.attr_set = attributes;
-    set(tree, &attr, recursive)
+    set(tree, &libc::mount_attr { attr_set: attributes, attr_clr: 0, propagation: 0, userns_fd: 0 }, recursive)
 }
 
 /// Sets the propagation (`MS_PRIVATE`, `MS_SHARED`, `MS_SLAVE`) of a mount and, where `recursive`, of all below it.
 pub fn set_propagation(tree: BorrowedFd<'_>, propagation: u64, recursive: bool) -> io::Result<()> {
-    // SAFETY: as above.
-    #[allow(unsafe_code)]
-    let mut attr: libc::mount_attr = unsafe { std::mem::zeroed() };
-    attr.propagation = propagation;
-    set(tree, &attr, recursive)
+    set(tree, &libc::mount_attr { attr_set: 0, attr_clr: 0, propagation, userns_fd: 0 }, recursive)
 }
 
+// rustix has no mount_setattr(2).
 fn set(tree: BorrowedFd<'_>, attr: &libc::mount_attr, recursive: bool) -> io::Result<()> {
     let flags = libc::AT_EMPTY_PATH | if recursive { libc::AT_RECURSIVE } else { 0 };
     // SAFETY: the empty path is NUL-terminated, attr is valid for its size for the whole call.

@@ -19,8 +19,12 @@ use nix::{
     },
     unistd::{Pid, pipe2},
 };
+use rustix::{
+    io::fcntl_dupfd_cloexec,
+    process::{PidfdFlags, Resource, Rlimit, pidfd_open, pidfd_send_signal, prlimit},
+};
 
-use crate::surroundings::Surroundings;
+use crate::{fork::close_range, surroundings::Surroundings};
 
 mod identity;
 
@@ -65,12 +69,9 @@ pub fn raise_open_files(pid: Pid, wanted: u64) -> io::Result<()> {
 
 /// Sets the limit of a process's core dumps, in bytes; where the system does not allow that, what there is must do.
 pub fn limit_core(pid: Pid, bytes: u64) -> io::Result<()> {
-    let limit = libc::rlimit { rlim_cur: bytes, rlim_max: bytes };
-    // SAFETY: the structure lives for the whole call.
-    #[allow(unsafe_code)]
-    let done = unsafe { libc::prlimit(pid.as_raw(), libc::RLIMIT_CORE, &raw const limit, ptr::null_mut()) };
-    match Errno::result(done) {
-        Ok(_) | Err(Errno::EPERM) => Ok(()),
+    let limit = Rlimit { current: Some(bytes), maximum: Some(bytes) };
+    match prlimit(rustix::process::Pid::from_raw(pid.as_raw()), Resource::Core, limit) {
+        Ok(_) | Err(rustix::io::Errno::PERM) => Ok(()),
         Err(e) => Err(e.into()),
     }
 }
@@ -124,22 +125,14 @@ pub struct Handle(OwnedFd);
 impl Handle {
     /// Takes hold of a process; `None` where there is none with this pid.
     pub fn open(pid: i32) -> io::Result<Option<Self>> {
-        // SAFETY: pidfd_open takes no pointers.
-        #[allow(unsafe_code)]
-        let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
-        if fd < 0 {
-            return match io::Error::last_os_error() {
-                e if e.raw_os_error() == Some(libc::ESRCH) => Ok(None),
-                // What a number that only a process group, a session or a thread still has means to kernels before
-                // 6.15.
-                e if e.raw_os_error() == Some(libc::EINVAL) && pid > 0 => Ok(None),
-                e => Err(e),
-            };
+        let pid = Some(pid).filter(|pid| *pid > 0).and_then(rustix::process::Pid::from_raw).ok_or(Errno::EINVAL)?;
+        match pidfd_open(pid, PidfdFlags::empty()) {
+            Ok(fd) => Ok(Some(Self(fd))),
+            // EINVAL is what a number that only a process group, a session or a thread still has means to kernels
+            // before 6.15.
+            Err(rustix::io::Errno::SRCH | rustix::io::Errno::INVAL) => Ok(None),
+            Err(e) => Err(e.into()),
         }
-        let fd = i32::try_from(fd).map_err(io::Error::other)?;
-        // SAFETY: the kernel has just made this descriptor for us.
-        #[allow(unsafe_code)]
-        Ok(Some(Self(unsafe { OwnedFd::from_raw_fd(fd) })))
     }
 
     /// Sends a signal; a process that has ended already is no error.
@@ -169,16 +162,10 @@ impl AsFd for Handle {
 }
 
 fn send(pidfd: BorrowedFd<'_>, signal: Signal) -> io::Result<()> {
-    // SAFETY: the pidfd is open for as long as it is borrowed; a null siginfo is what kill(2) would send.
-    #[allow(unsafe_code)]
-    let done =
-        unsafe { libc::syscall(libc::SYS_pidfd_send_signal, pidfd.as_raw_fd(), signal as c_int, ptr::null::<()>(), 0) };
-    match done {
-        0 => Ok(()),
-        _ => match io::Error::last_os_error() {
-            e if e.raw_os_error() == Some(libc::ESRCH) => Ok(()),
-            e => Err(e),
-        },
+    let signal = rustix::process::Signal::from_named_raw(signal as c_int).ok_or(Errno::EINVAL)?;
+    match pidfd_send_signal(pidfd, signal) {
+        Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(()),
+        Err(e) => Err(e.into()),
     }
 }
 
@@ -245,24 +232,31 @@ impl Command<'_> {
         let floor = self.fds.iter().map(|(_, target)| *target).max().unwrap_or(0).max(2) + 1;
         let mut moved = Vec::with_capacity(self.fds.len());
         for (fd, target) in &self.fds {
-            moved.push((duplicate(*fd, floor)?, *target));
+            moved.push((fcntl_dupfd_cloexec(fd, floor)?, *target));
         }
-        let failed = duplicate(report_to.as_fd(), floor)?;
+        let failed = fcntl_dupfd_cloexec(&report_to, floor)?;
         // The read below ends when the child's copy is gone: keep none.
         drop(report_to);
         let (low, low_to) = pipe2(OFlag::O_CLOEXEC)?;
-        let proceed = duplicate(low.as_fd(), floor)?;
-        let proceed_to = duplicate(low_to.as_fd(), floor)?;
+        let proceed = fcntl_dupfd_cloexec(&low, floor)?;
+        let proceed_to = fcntl_dupfd_cloexec(&low_to, floor)?;
         drop((low, low_to));
         let parent = Pid::this();
 
         let mut pidfd: c_int = -1;
-        // SAFETY: clone_args is plain data; all zero is its empty value.
-        #[allow(unsafe_code)]
-        let mut clone: libc::clone_args = unsafe { std::mem::zeroed() };
-        clone.flags = u64::from(self.namespaces.bits().cast_unsigned()) | libc::CLONE_PIDFD.cast_unsigned() as u64;
-        clone.pidfd = (&raw mut pidfd) as u64;
-        clone.exit_signal = libc::SIGCHLD.cast_unsigned().into();
+        let clone = libc::clone_args {
+            flags: u64::from(self.namespaces.bits().cast_unsigned()) | libc::CLONE_PIDFD.cast_unsigned() as u64,
+            pidfd: (&raw mut pidfd) as u64,
+            child_tid: 0,
+            parent_tid: 0,
+            exit_signal: libc::SIGCHLD.cast_unsigned().into(),
+            stack: 0,
+            stack_size: 0,
+            tls: 0,
+            set_tid: 0,
+            set_tid_size: 0,
+            cgroup: 0,
+        };
         // SAFETY: without CLONE_VM this is fork: the child has its own copy of everything prepared above, and up to
         // exec it makes system calls only (no allocation, no locks), which a child of a threaded process may.
         #[allow(unsafe_code)]
@@ -384,7 +378,7 @@ unsafe fn become_program(
             libc::sigprocmask(libc::SIG_SETMASK, &raw const none, ptr::null_mut());
             libc::signal(libc::SIGPIPE, libc::SIG_DFL);
             // Whoever started the parent may have left it descriptors that survive exec.
-            if libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC) != 0 {
+            if close_range(3, u32::MAX, libc::CLOSE_RANGE_CLOEXEC).is_err() {
                 break 'failed;
             }
             for (fd, target) in fds {
@@ -411,14 +405,6 @@ unsafe fn become_program(
 
 fn pointers(strings: &[CString]) -> Vec<*const c_char> {
     strings.iter().map(|s| s.as_ptr()).chain([ptr::null()]).collect()
-}
-
-fn duplicate(fd: BorrowedFd<'_>, floor: RawFd) -> io::Result<OwnedFd> {
-    use nix::fcntl::{FcntlArg, fcntl};
-    let raw = fcntl(fd, FcntlArg::F_DUPFD_CLOEXEC(floor))?;
-    // SAFETY: fcntl has just made this descriptor for us.
-    #[allow(unsafe_code)]
-    Ok(unsafe { OwnedFd::from_raw_fd(raw) })
 }
 
 /// Takes over a descriptor that the parent process left under a fixed number, and makes it close-on-exec.

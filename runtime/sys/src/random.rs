@@ -6,6 +6,7 @@ use std::{
 };
 
 use nix::errno::Errno;
+use rustix::rand::{GetRandomFlags, getrandom};
 
 /// Most bytes that [`credit`] takes.
 pub const MAX_SEED: usize = 512;
@@ -39,12 +40,9 @@ pub fn credit(device: impl AsFd, seed: &[u8]) -> io::Result<()> {
 /// Fills `bytes` with random ones.
 pub fn fill(mut bytes: &mut [u8]) -> io::Result<()> {
     while !bytes.is_empty() {
-        // SAFETY: the kernel writes at most as many bytes as there are, and the slice lives for the whole call.
-        #[allow(unsafe_code)]
-        let done = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), 0) };
-        match Errno::result(done) {
-            Ok(count) => bytes = bytes.get_mut(usize::try_from(count).unwrap_or(0)..).unwrap_or_default(),
-            Err(Errno::EINTR) => {}
+        match getrandom(&mut *bytes, GetRandomFlags::empty()) {
+            Ok(count) => bytes = bytes.get_mut(count..).unwrap_or_default(),
+            Err(rustix::io::Errno::INTR) => {}
             Err(e) => return Err(e.into()),
         }
     }

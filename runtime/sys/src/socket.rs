@@ -2,21 +2,14 @@
 
 use std::{
     io,
-    os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd},
-    ptr,
+    os::fd::{AsFd, OwnedFd},
 };
 
-use nix::errno::Errno;
+use rustix::net::{SocketFlags, accept_with};
 
 /// Accepts a connection: close-on-exec and non-blocking. The listener should be non-blocking too.
 pub fn accept(listener: impl AsFd) -> io::Result<OwnedFd> {
-    let flags = libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
-    // SAFETY: null pointers ask for no address; the result is a new descriptor or an error.
-    #[allow(unsafe_code)]
-    unsafe {
-        let raw = libc::accept4(listener.as_fd().as_raw_fd(), ptr::null_mut(), ptr::null_mut(), flags);
-        Ok(OwnedFd::from_raw_fd(Errno::result(raw)?))
-    }
+    Ok(accept_with(listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK)?)
 }
 
 #[cfg(test)]

@@ -6,18 +6,20 @@ use std::{
     fs::File,
     io,
     os::{
-        fd::{AsRawFd, OwnedFd},
+        fd::{AsFd, OwnedFd},
         unix::{ffi::OsStrExt, fs::OpenOptionsExt, process::CommandExt},
     },
     path::Path,
     process::Command,
-    ptr,
     sync::Arc,
 };
 
-use nix::errno::Errno;
+use rustix::{
+    process::{Resource, Rlimit, chdir, fchdir, getrlimit, setrlimit},
+    thread::{LinkNameSpaceType, move_into_link_name_space},
+};
 
-use crate::process::Failed;
+use crate::{fork::close_range, process::Failed};
 
 /// The surroundings of a process at one moment, held by descriptor.
 ///
@@ -26,7 +28,7 @@ use crate::process::Failed;
 pub struct Surroundings {
     mounts: OwnedFd,
     directory: OwnedFd,
-    open_files: libc::rlimit,
+    open_files: Rlimit,
 }
 
 impl Surroundings {
@@ -37,7 +39,7 @@ impl Surroundings {
         Ok(Self {
             mounts: File::open("/proc/thread-self/ns/mnt")?.into(),
             directory: directory.into(),
-            open_files: open_files()?,
+            open_files: getrlimit(Resource::Nofile),
         })
     }
 
@@ -48,8 +50,10 @@ impl Surroundings {
     pub fn surround(self: &Arc<Self>, command: &mut Command, directory: &Path) -> io::Result<()> {
         let surroundings = Arc::clone(self);
         let directory = CString::new(directory.as_os_str().as_bytes())?;
-        let enter =
-            move || close_on_exec().and_then(|()| surroundings.enter(Some(&directory)).map_err(|(_, error)| error));
+        let enter = move || {
+            close_range(3, u32::MAX, libc::CLOSE_RANGE_CLOEXEC)?;
+            surroundings.enter(Some(&directory)).map_err(|(_, error)| error)
+        };
         // SAFETY: the closure runs between fork and exec. It makes system calls on values that were made before, and
         // neither allocates nor takes a lock.
         #[allow(unsafe_code)]
@@ -62,53 +66,18 @@ impl Surroundings {
     /// Moves the calling process there; it must share its root and working directory with no other. Makes system calls
     /// only. Without a path, the directory is the one that was held.
     pub(crate) fn enter(&self, directory: Option<&CStr>) -> Result<(), Failed> {
-        // SAFETY: system calls on an open descriptor, a NUL-terminated string and a structure that lives for the call.
-        #[allow(unsafe_code)]
-        unsafe {
-            if libc::setns(self.mounts.as_raw_fd(), libc::CLONE_NEWNS) != 0 {
-                return Err(("enter the host's mount namespace", io::Error::last_os_error()));
-            }
-            let changed = match directory {
-                Some(path) => libc::chdir(path.as_ptr()),
-                None => libc::fchdir(self.directory.as_raw_fd()),
-            };
-            if changed != 0 {
-                return Err(("change directory", io::Error::last_os_error()));
-            }
-            if libc::setrlimit(libc::RLIMIT_NOFILE, &raw const self.open_files) != 0 {
-                return Err(("limit open files", io::Error::last_os_error()));
-            }
-        }
-        Ok(())
+        move_into_link_name_space(self.mounts.as_fd(), Some(LinkNameSpaceType::Mount))
+            .map_err(|e| ("enter the host's mount namespace", e.into()))?;
+        directory.map_or_else(|| fchdir(&self.directory), chdir).map_err(|e| ("change directory", e.into()))?;
+        setrlimit(Resource::Nofile, self.open_files).map_err(|e| ("limit open files", e.into()))
     }
 }
 
 /// Raises this process's soft limit of open files to its hard one, and says what it is now.
 pub fn raise_own_open_files() -> io::Result<u64> {
-    let limit = open_files()?;
-    let raised = libc::rlimit { rlim_cur: limit.rlim_max, rlim_max: limit.rlim_max };
-    // SAFETY: the structure lives for the whole call.
-    #[allow(unsafe_code)]
-    let done = unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const raised) };
-    Errno::result(done)?;
-    Ok(raised.rlim_cur)
-}
-
-fn open_files() -> io::Result<libc::rlimit> {
-    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-    // SAFETY: the structure lives for the whole call.
-    #[allow(unsafe_code)]
-    let done = unsafe { libc::prlimit(0, libc::RLIMIT_NOFILE, ptr::null(), &raw mut limit) };
-    Errno::result(done)?;
-    Ok(limit)
-}
-
-/// Marks every descriptor from 3 on.
-fn close_on_exec() -> io::Result<()> {
-    // SAFETY: plain numbers; only flags of descriptors change.
-    #[allow(unsafe_code)]
-    let done = unsafe { libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC) };
-    if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    let limit = getrlimit(Resource::Nofile).maximum;
+    setrlimit(Resource::Nofile, Rlimit { current: limit, maximum: limit })?;
+    Ok(limit.unwrap_or(u64::MAX))
 }
 
 #[cfg(test)]
@@ -137,10 +106,7 @@ mod tests {
 
     fn expected(directory: &Path) -> Vec<String> {
         let mounts = std::fs::read_link("/proc/self/ns/mnt").unwrap();
-        let limit = match open_files().unwrap().rlim_cur {
-            libc::RLIM_INFINITY => "unlimited".into(),
-            number => number.to_string(),
-        };
+        let limit = getrlimit(Resource::Nofile).current.map_or_else(|| "unlimited".into(), |limit| limit.to_string());
         // 0, 1, 2, and the one that lists.
         vec![mounts.display().to_string(), directory.display().to_string(), limit, "4".into()]
     }

@@ -2,56 +2,39 @@
 
 use std::{
     io,
-    os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd},
+    os::fd::{AsFd, OwnedFd},
 };
 
-use nix::errno::Errno;
+use rustix::{
+    process::ioctl_tiocsctty,
+    pty::{OpenptFlags, ioctl_tiocgptpeer, unlockpt},
+    termios::{Winsize, tcgetwinsize, tcsetwinsize},
+};
 
 /// Sets the size of a terminal; either end of it will do.
 pub fn set_size(terminal: impl AsFd, columns: u16, rows: u16) -> io::Result<()> {
-    let size = libc::winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
-    // SAFETY: the kernel reads one winsize, which lives for the whole call.
-    #[allow(unsafe_code)]
-    let done = unsafe { libc::ioctl(terminal.as_fd().as_raw_fd(), libc::TIOCSWINSZ, &raw const size) };
-    Errno::result(done).map(drop).map_err(io::Error::from)
+    Ok(tcsetwinsize(terminal, Winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 })?)
 }
 
 /// The size of a terminal: columns and rows.
 pub fn size(terminal: impl AsFd) -> io::Result<(u16, u16)> {
-    let mut size = libc::winsize { ws_row: 0, ws_col: 0, ws_xpixel: 0, ws_ypixel: 0 };
-    // SAFETY: the kernel writes one winsize, which lives for the whole call.
-    #[allow(unsafe_code)]
-    let done = unsafe { libc::ioctl(terminal.as_fd().as_raw_fd(), libc::TIOCGWINSZ, &raw mut size) };
-    Errno::result(done).map_err(io::Error::from)?;
+    let size = tcgetwinsize(terminal)?;
     Ok((size.ws_col, size.ws_row))
 }
 
 /// Makes a terminal the controlling one of the calling session leader, which has none.
 pub fn set_controlling(terminal: impl AsFd) -> io::Result<()> {
-    // SAFETY: the argument is a number.
-    #[allow(unsafe_code)]
-    let done = unsafe { libc::ioctl(terminal.as_fd().as_raw_fd(), libc::TIOCSCTTY, 0) };
-    Errno::result(done).map(drop).map_err(io::Error::from)
+    Ok(ioctl_tiocsctty(terminal)?)
 }
 
 /// Unlocks a pseudo terminal's slave, given its master.
 pub fn unlock(master: impl AsFd) -> io::Result<()> {
-    let locked: libc::c_int = 0;
-    // SAFETY: the kernel reads one int, which lives for the whole call.
-    #[allow(unsafe_code)]
-    let done = unsafe { libc::ioctl(master.as_fd().as_raw_fd(), libc::TIOCSPTLCK, &raw const locked) };
-    Errno::result(done).map(drop).map_err(io::Error::from)
+    Ok(unlockpt(master)?)
 }
 
 /// Opens a master's slave, close-on-exec and not as a controlling terminal, whatever mount namespace it is in.
 pub fn open_slave(master: impl AsFd) -> io::Result<OwnedFd> {
-    let flags = libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC;
-    // SAFETY: the argument is a number; the result is a new descriptor or an error.
-    #[allow(unsafe_code)]
-    unsafe {
-        let raw = Errno::result(libc::ioctl(master.as_fd().as_raw_fd(), libc::TIOCGPTPEER, flags))?;
-        Ok(OwnedFd::from_raw_fd(raw))
-    }
+    Ok(ioctl_tiocgptpeer(master, OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC)?)
 }
 
 #[cfg(test)]

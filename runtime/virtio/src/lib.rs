@@ -39,6 +39,9 @@ mod worker;
 
 pub use worker::Worker;
 
+// Wire formats are little-endian; their structures here have the host's numbers.
+const _: () = assert!(cfg!(target_endian = "little"));
+
 /// Guest memory. Its bitmap type is what virtiofsd's reader and writer are fixed to.
 pub type Memory = GuestMemoryMmap<BitmapMmapRegion>;
 

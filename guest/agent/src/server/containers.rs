@@ -131,10 +131,8 @@ impl Agent {
             if token.is_empty() || (tokens.terminal && stream != Stream::Stdout) {
                 continue;
             }
-            let connection = self.streams.claim(token, name).await?;
-            let connection = connection.into_std().map_err(CallError::io(format!("take stream for {name}")))?;
+            fds.push(self.streams.claim(token, name).await?.into());
             stdio.streams.push(stream);
-            fds.push(connection.into());
         }
         if tokens.terminal && fds.is_empty() {
             return Err(CallError::Invalid("a terminal needs the stream stdout".into()));

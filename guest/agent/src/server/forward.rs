@@ -11,10 +11,11 @@ use std::{
 
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 use tokio::{
-    net::{TcpSocket, TcpStream, UnixStream},
+    net::{TcpSocket, TcpStream},
     sync::Semaphore,
     time::timeout,
 };
+use tokio_vsock::VsockStream;
 use vz_net::netns::Netns;
 use vz_proto::{Forward, ForwardReply, NETNS_PATH, frame};
 
@@ -47,7 +48,7 @@ pub async fn serve(listener: Listener) {
     }
 }
 
-async fn forward(mut host: UnixStream) -> Result<(), frame::Error> {
+async fn forward(mut host: VsockStream) -> Result<(), frame::Error> {
     let silent = || frame::Error::Io(io::ErrorKind::TimedOut.into());
     let Some(asked) = timeout(GREETING, frame::read::<Forward>(&mut host)).await.map_err(|_| silent())?? else {
         return Ok(());

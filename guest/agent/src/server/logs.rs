@@ -27,7 +27,7 @@ pub fn start(log: &Log, level: LevelFilter, kernel_log: bool) {
 }
 
 async fn forward(mut lines: mpsc::Receiver<LogRecord>, kernel_log: bool) -> Result<(), String> {
-    let mut host = vsock::connect(vz_proto::LOG_PORT).map_err(|e| text::chain(&e))?;
+    let mut host = vsock::connect(vz_proto::LOG_PORT).await.map_err(|e| text::chain(&e))?;
     if kernel_log {
         // The lines that could be read are worth having, and so is an end of them.
         let (records, failed) = kmsg::records();

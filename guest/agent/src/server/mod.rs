@@ -96,7 +96,7 @@ async fn serve(init: Channel, log: &Log) -> Result<(), Error> {
     tokio::spawn(forward::serve(forwarded));
     tokio::spawn(Arc::clone(&agent).watch_oom());
 
-    let mut host = vsock::connect(vz_proto::CONTROL_PORT).map_err(|e| Error::Dial(vz_proto::CONTROL_PORT, e))?;
+    let mut host = vsock::connect(vz_proto::CONTROL_PORT).await.map_err(|e| Error::Dial(vz_proto::CONTROL_PORT, e))?;
     let (uptime_ns, tsc) = clock::uptime();
     let hello = Hello {
         agent_version: env!("CARGO_PKG_VERSION").into(),

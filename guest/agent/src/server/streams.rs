@@ -7,10 +7,10 @@ use std::{
 };
 
 use tokio::{
-    net::UnixStream,
     sync::oneshot,
     time::{sleep, timeout},
 };
+use tokio_vsock::VsockStream;
 use vz_proto::frame;
 use vz_sys::sync;
 
@@ -31,13 +31,13 @@ pub struct Streams(Mutex<Waiting>);
 
 #[derive(Debug, Default)]
 struct Waiting {
-    arrived: HashMap<String, UnixStream>,
-    wanted: HashMap<String, oneshot::Sender<UnixStream>>,
+    arrived: HashMap<String, VsockStream>,
+    wanted: HashMap<String, oneshot::Sender<VsockStream>>,
 }
 
 impl Streams {
     /// Takes a new connection.
-    pub async fn arrive(self: Arc<Self>, mut stream: UnixStream) {
+    pub async fn arrive(self: Arc<Self>, mut stream: VsockStream) {
         let token = match timeout(TOKEN, frame::read_token(&mut stream)).await {
             Ok(Ok(token)) => token,
             Ok(Err(e)) => return tracing::warn!("stream without a token: {}", crate::text::chain(&e)),
@@ -52,7 +52,7 @@ impl Streams {
     }
 
     /// Passes a stream on, or keeps it: whether it is kept.
-    fn keep(&self, token: String, stream: UnixStream) -> bool {
+    fn keep(&self, token: String, stream: VsockStream) -> bool {
         let mut waiting = self.lock();
         if let Some(wanted) = waiting.wanted.remove(&token) {
             // Where the call has given up meanwhile, the stream is closed.
@@ -68,7 +68,7 @@ impl Streams {
     }
 
     /// The stream of that token; `what` says in an error which it is.
-    pub async fn claim(&self, token: &str, what: &str) -> Result<UnixStream> {
+    pub async fn claim(&self, token: &str, what: &str) -> Result<VsockStream> {
         let arrival = {
             let mut waiting = self.lock();
             if let Some(stream) = waiting.arrived.remove(token) {
@@ -92,17 +92,29 @@ impl Streams {
 
 #[cfg(test)]
 mod tests {
-    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use std::os::{fd::OwnedFd, unix::net::UnixStream as StdStream};
+
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        net::UnixStream,
+    };
 
     use super::*;
 
     const TOKEN: &str = "0123456789abcdef0123456789abcdef";
 
+    /// The host's end of a connection and ours. Any connected socket will do for what is done with it.
+    fn pair() -> (UnixStream, VsockStream) {
+        let (near, far) = StdStream::pair().unwrap();
+        near.set_nonblocking(true).unwrap();
+        (UnixStream::from_std(near).unwrap(), OwnedFd::from(far).into())
+    }
+
     #[tokio::test]
     async fn streams_and_calls_meet_whichever_is_first() {
         for call_first in [false, true] {
             let streams = Arc::new(Streams::default());
-            let (mut near, far) = UnixStream::pair().unwrap();
+            let (mut near, far) = pair();
             frame::write_token(&mut near, TOKEN).await.unwrap();
             near.write_all(b"x").await.unwrap();
             let arrive = tokio::spawn(Arc::clone(&streams).arrive(far));
@@ -127,7 +139,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_stream_that_nobody_names_is_closed() {
         let streams = Arc::new(Streams::default());
-        let (mut near, far) = UnixStream::pair().unwrap();
+        let (mut near, far) = pair();
         frame::write_token(&mut near, TOKEN).await.unwrap();
         Arc::clone(&streams).arrive(far).await;
         assert_eq!(near.read(&mut [0]).await.unwrap(), 0);

@@ -14,6 +14,7 @@
 
 use std::{
     io,
+    mem::offset_of,
     ops::Range,
     sync::{
         Arc,
@@ -23,6 +24,7 @@ use std::{
 
 use vm_memory::{Address, GuestAddress, GuestMemory, GuestMemoryRegion, MemoryRegionAddress};
 use vz_sys::memory::Mapping;
+use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use crate::{
     Backend, Error, Kicks, Kind, Memory, Queues, Source,
@@ -48,11 +50,19 @@ const DEFLATE_ON_OOM: u64 = 1 << 2;
 const PAGE_POISON: u64 = 1 << 4;
 const REPORTING: u64 = 1 << 5;
 
-/// Fields of the configuration space: `num_pages`, `actual`, `free_page_hint_cmd_id`, `poison_val`.
-const SPACE: usize = 16;
-const NUM_PAGES: Range<usize> = 0..4;
-const ACTUAL: Range<usize> = 4..8;
-const POISON: Range<usize> = 12..16;
+/// The configuration space: `struct virtio_balloon_config`.
+#[derive(Debug, Default, FromBytes, IntoBytes, Immutable)]
+#[repr(C)]
+struct Space {
+    num_pages: u32,
+    actual: u32,
+    free_page_hint_cmd_id: u32,
+    poison: u32,
+}
+
+/// Where it has the fields that the guest writes.
+const ACTUAL: Range<usize> = offset_of!(Space, actual)..offset_of!(Space, free_page_hint_cmd_id);
+const POISON: Range<usize> = offset_of!(Space, poison)..size_of::<Space>();
 
 /// What was wrong with a chain.
 #[derive(Debug, thiserror::Error)]
@@ -112,7 +122,7 @@ impl Handle {
 /// The device.
 #[derive(Debug)]
 pub struct Balloon {
-    space: [u8; SPACE],
+    space: Space,
     acked: u64,
     /// The target that the guest's driver was interrupted for.
     told: u32,
@@ -131,17 +141,7 @@ impl Balloon {
             wake: Wake::new()?,
         });
         let handle = Handle(Arc::clone(&shared));
-        Ok((Self { space: [0; SPACE], acked: 0, told: 0, shared, mistakes: Mistakes::new("balloon") }, handle))
-    }
-
-    fn field(&self, field: Range<usize>) -> u32 {
-        self.space.get(field).and_then(|bytes| bytes.first_chunk()).map_or(0, |bytes| u32::from_le_bytes(*bytes))
-    }
-
-    fn set_field(&mut self, field: Range<usize>, value: u32) {
-        if let Some(bytes) = self.space.get_mut(field) {
-            bytes.copy_from_slice(&value.to_le_bytes());
-        }
+        Ok((Self { space: Space::default(), acked: 0, told: 0, shared, mistakes: Mistakes::new("balloon") }, handle))
     }
 
     /// Tells the guest of a target that it has not heard of.
@@ -149,7 +149,7 @@ impl Balloon {
         let target = self.shared.target.load(Ordering::Relaxed);
         if target != self.told {
             self.told = target;
-            self.set_field(NUM_PAGES, target);
+            self.space.num_pages = target;
             kicks.insert_config();
         }
     }
@@ -161,7 +161,7 @@ impl Balloon {
             // The guest uses them again, and they come back when it touches them.
             DEFLATE => return Ok(()),
             // They must keep what is in them, which is not zeros.
-            _ if self.acked & PAGE_POISON != 0 && self.field(POISON) != 0 => return Ok(()),
+            _ if self.acked & PAGE_POISON != 0 && self.space.poison != 0 => return Ok(()),
             _ => pages.described(chain),
         };
         if let Err(e) = read {
@@ -206,14 +206,14 @@ impl<'a> Pages<'a> {
         if data.len() < size_of::<u32>() {
             return Err(BadPages::Empty);
         }
-        let mut number = [0; size_of::<u32>()];
+        let mut number = 0u32;
         for _ in 0..RANGES {
-            if data.copy_to(&mut number) < number.len() {
+            if data.copy_to(number.as_mut_bytes()) < size_of::<u32>() {
                 return Ok(());
             }
-            self.add(u64::from(u32::from_le_bytes(number)).saturating_mul(PAGE), PAGE);
+            self.add(u64::from(number).saturating_mul(PAGE), PAGE);
         }
-        if data.len() < number.len() { Ok(()) } else { Err(BadPages::TooMany) }
+        if data.len() < size_of::<u32>() { Ok(()) } else { Err(BadPages::TooMany) }
     }
 
     /// The chain's buffers are the pages.
@@ -288,19 +288,19 @@ impl Backend for Balloon {
     }
 
     fn config(&self) -> &[u8] {
-        &self.space
+        self.space.as_bytes()
     }
 
     fn write_config(&mut self, offset: u64, bytes: &[u8]) {
         let Ok(offset) = usize::try_from(offset) else { return };
-        for (place, byte) in (offset..SPACE).zip(bytes) {
+        for (place, byte) in (offset..POISON.end).zip(bytes) {
             if (ACTUAL.contains(&place) || POISON.contains(&place))
-                && let Some(at) = self.space.get_mut(place)
+                && let Some(at) = self.space.as_mut_bytes().get_mut(place)
             {
                 *at = *byte;
             }
         }
-        self.shared.actual.store(self.field(ACTUAL), Ordering::Relaxed);
+        self.shared.actual.store(self.space.actual, Ordering::Relaxed);
     }
 
     fn activate(&mut self, acked: u64) {
@@ -347,8 +347,8 @@ impl Backend for Balloon {
     /// The driver starts with an empty balloon; the target stays.
     fn reset(&mut self) {
         self.acked = 0;
-        self.set_field(ACTUAL, 0);
-        self.set_field(POISON, 0);
+        self.space.actual = 0;
+        self.space.poison = 0;
         self.shared.actual.store(0, Ordering::Relaxed);
     }
 }

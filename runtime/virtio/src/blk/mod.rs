@@ -15,6 +15,7 @@
 use std::{fs::File, io, sync::Arc};
 
 use nix::errno::Errno;
+use zerocopy::{FromBytes, IntoBytes};
 
 use crate::{
     Backend, Error, Kicks, Kind, Memory, Queues, Source,
@@ -44,10 +45,6 @@ const MAX_DISCARD: u32 = 1 << 21;
 const MAX_ZEROES: u32 = 8192;
 /// Bytes of the disk's name.
 const ID: usize = 20;
-/// Bytes of a request's header.
-const HEADER: usize = 16;
-/// Bytes of a range to discard or zero.
-const SEGMENT: usize = 16;
 /// Most queues: [`Kicks`] names no more.
 const MAX_QUEUES: u16 = 64;
 
@@ -259,14 +256,12 @@ impl BlkQueue {
     /// Does what is asked; how many bytes of data the guest got.
     fn done(&self, memory: &Memory, chain: Chain<'_>, mut room: Buffers<'_>) -> Result<usize, Failed> {
         let mut data = Buffers::readable(memory, chain)?;
-        let mut header = [0; HEADER];
-        let present = data.copy_to(&mut header);
-        if present < HEADER {
+        let mut header = Header::default();
+        let present = data.copy_to(header.as_mut_bytes());
+        if present < size_of::<Header>() {
             return Err(Failed::Short(present));
         }
-        let mut fields = header.as_slice();
-        let (kind, _) = (word(&mut fields), word(&mut fields));
-        let sector = u64::from(word(&mut fields)) | u64::from(word(&mut fields)) << 32;
+        let Header { kind, sector, .. } = header;
         let Shared { disk, id, .. } = &*self.shared;
         if matches!(kind, OUT | DISCARD | WRITE_ZEROES) && disk.read_only() {
             return Err(Failed::ReadOnly);
@@ -345,8 +340,18 @@ impl BlkQueue {
     }
 }
 
-/// A range to discard or zero.
-#[derive(Debug, Clone, Copy)]
+/// A request's header: `struct virtio_blk_req`, without what follows it.
+#[derive(Debug, Default, FromBytes, IntoBytes)]
+#[repr(C)]
+struct Header {
+    kind: u32,
+    reserved: u32,
+    sector: u64,
+}
+
+/// A range to discard or zero: `struct virtio_blk_discard_write_zeroes`.
+#[derive(Debug, Default, Clone, Copy, FromBytes, IntoBytes)]
+#[repr(C)]
 struct Segment {
     sector: u64,
     sectors: u32,
@@ -356,25 +361,15 @@ struct Segment {
 impl Segment {
     /// All that the data hold, copied before they are looked at.
     fn list(data: &mut Buffers<'_>, most: u32) -> Result<Vec<Self>, Failed> {
-        let len = data.len();
-        let count = len.checked_div(SEGMENT).unwrap_or(0);
-        if len == 0 || !len.is_multiple_of(SEGMENT) || u32::try_from(count).map_or(true, |count| count > most) {
+        let (len, size) = (data.len(), size_of::<Self>());
+        let count = len.checked_div(size).unwrap_or(0);
+        if len == 0 || !len.is_multiple_of(size) || u32::try_from(count).map_or(true, |count| count > most) {
             return Err(Failed::Length(len));
         }
-        let mut segments = Vec::with_capacity(count);
-        let mut bytes = [0; SEGMENT];
-        while data.copy_to(&mut bytes) == SEGMENT {
-            let mut fields = bytes.as_slice();
-            let sector = u64::from(word(&mut fields)) | u64::from(word(&mut fields)) << 32;
-            segments.push(Self { sector, sectors: word(&mut fields), flags: word(&mut fields) });
-        }
+        let mut segments = vec![Self::default(); count];
+        data.copy_to(segments.as_mut_bytes());
         Ok(segments)
     }
-}
-
-/// Takes a field off the front; 0 where there is none.
-fn word(bytes: &mut &[u8]) -> u32 {
-    bytes.split_off(..4).and_then(|field| field.first_chunk()).map_or(0, |field| u32::from_le_bytes(*field))
 }
 
 impl Backend for BlkQueue {

@@ -130,15 +130,8 @@ pub(super) struct Range {
 
 impl Range {
     /// As FUSE has it.
-    pub(super) fn bytes(&self) -> [u8; super::FOUND] {
-        let mut bytes = [0; super::FOUND];
-        let kind = self.kind.number().cast_unsigned();
-        let fields = [self.start.to_le_bytes(), self.end.to_le_bytes()].concat();
-        let rest = [kind.to_le_bytes(), self.pid.to_le_bytes()].concat();
-        for (place, byte) in bytes.iter_mut().zip(fields.into_iter().chain(rest)) {
-            *place = byte;
-        }
-        bytes
+    pub(super) fn lock(&self) -> super::FileLock {
+        super::FileLock { start: self.start, end: self.end, kind: self.kind.number().cast_unsigned(), pid: self.pid }
     }
 
     const ALL: Self = Self { start: 0, end: END, kind: Kind::Unlock, pid: 0 };

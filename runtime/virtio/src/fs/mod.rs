@@ -32,6 +32,7 @@ use virtiofsd::{
 use virtio_queue::QueueT;
 use vm_memory::{Address, Bytes, GuestAddress};
 use vz_sys::sync;
+use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use crate::{
     Backend, Error, Kicks, Kind, Memory, Queues, Source,
@@ -57,9 +58,50 @@ const BATCH: usize = 16;
 /// Descriptors besides those of [`Config::fd_limit`]: those of locks, and of requests on their way.
 pub const OWN_FDS: u64 = locks::OWNERS as u64 + 512 + 64;
 
-/// Bytes of a FUSE request's and of a reply's header.
-const REQUEST_HEADER: usize = 40;
-const REPLY_HEADER: usize = 16;
+/// A FUSE request's header: `struct fuse_in_header`.
+#[derive(Debug, Default, FromBytes, IntoBytes)]
+#[repr(C)]
+struct RequestHeader {
+    len: u32,
+    opcode: u32,
+    unique: u64,
+    inode: u64,
+    who: [u32; 4],
+}
+
+/// A lock, as requests and answers have it: `struct fuse_file_lock`.
+#[derive(Debug, Default, FromBytes, IntoBytes, Immutable)]
+#[repr(C)]
+struct FileLock {
+    start: u64,
+    end: u64,
+    kind: u32,
+    pid: u32,
+}
+
+/// A request about a lock: its header and `struct fuse_lk_in`.
+#[derive(Debug, Default, FromBytes, IntoBytes)]
+#[repr(C)]
+struct LockRequest {
+    header: RequestHeader,
+    handle: u64,
+    owner: u64,
+    lock: FileLock,
+    flags: u32,
+    padding: u32,
+}
+
+/// A reply's header: `struct fuse_out_header`. The error is negated.
+#[derive(Debug, IntoBytes, Immutable)]
+#[repr(C)]
+struct ReplyHeader {
+    len: u32,
+    error: i32,
+    unique: u64,
+}
+
+const REQUEST_HEADER: usize = size_of::<RequestHeader>();
+const REPLY_HEADER: usize = size_of::<ReplyHeader>();
 /// Requests that have no reply.
 const FORGET: u32 = 2;
 const INTERRUPT: u32 = 36;
@@ -70,9 +112,6 @@ const SETLK: u32 = 32;
 const SETLKW: u32 = 33;
 /// A lock request that is one of flock(2).
 const FLOCK: u32 = 1;
-/// Bytes of a lock request, of the lock that an answer to GETLK has, and of an interrupt.
-const LOCK: usize = 48;
-const FOUND: usize = 24;
 
 /// The unused type parameter of [`Server::handle_message`]: we have no backend channel.
 type NoChannel = ();
@@ -293,15 +332,10 @@ impl Answer for Slip {
     }
 }
 
-/// A reply's header: its length, the negated error, and which request it answers.
-fn reply_header(body: usize, error: i32, unique: u64) -> [u8; REPLY_HEADER] {
+/// The header of a reply to a request, given the length of what follows it.
+fn reply_header(body: usize, error: i32, unique: u64) -> ReplyHeader {
     let len = u32::try_from(body.saturating_add(REPLY_HEADER)).unwrap_or(0);
-    let mut header = [0; REPLY_HEADER];
-    let fields = len.to_le_bytes().into_iter().chain(error.saturating_neg().to_le_bytes()).chain(unique.to_le_bytes());
-    for (place, byte) in header.iter_mut().zip(fields) {
-        *place = byte;
-    }
-    header
+    ReplyHeader { len, error: error.saturating_neg(), unique }
 }
 
 /// One queue of the device.
@@ -353,36 +387,33 @@ fn handle(
     }
     // virtiofsd panics where it wants to reply and there is no room. It reads the opcode itself, and the guest can
     // change it in between: so the requests without reply are done here, from a copy.
-    let mut header = [0u8; REQUEST_HEADER];
-    reader.read_exact(&mut header).map_err(|_| BadRequest::Short(0))?;
-    let mut fields = header.as_slice();
-    let (_len, opcode) = (word(&mut fields), word(&mut fields));
-    let (_unique, inode) = (long(&mut fields), long(&mut fields));
-    match opcode {
+    let mut header = RequestHeader::default();
+    reader.read_exact(header.as_mut_bytes()).map_err(|_| BadRequest::Short(0))?;
+    match header.opcode {
         FORGET => {
-            let mut count = [0u8; 8];
-            reader.read_exact(&mut count).map_err(|_| BadRequest::Short(REQUEST_HEADER))?;
-            server.forget(inode, u64::from_le_bytes(count));
+            let mut count = 0u64;
+            reader.read_exact(count.as_mut_bytes()).map_err(|_| BadRequest::Short(REQUEST_HEADER))?;
+            server.forget(header.inode, count);
         }
         BATCH_FORGET => {
-            let mut start = [0u8; 8];
-            reader.read_exact(&mut start).map_err(|_| BadRequest::Short(REQUEST_HEADER))?;
-            let count = word(&mut start.as_slice());
+            let mut start = [0u32; 2];
+            reader.read_exact(start.as_mut_bytes()).map_err(|_| BadRequest::Short(REQUEST_HEADER))?;
+            let [count, _] = start;
             // Ends with the request's bytes, however many it claims to have.
             for _ in 0..count {
-                let mut one = [0u8; 16];
-                reader.read_exact(&mut one).map_err(|_| BadRequest::Short(REQUEST_HEADER))?;
-                let mut fields = one.as_slice();
-                server.forget(long(&mut fields), long(&mut fields));
+                let mut one = [0u64; 2];
+                reader.read_exact(one.as_mut_bytes()).map_err(|_| BadRequest::Short(REQUEST_HEADER))?;
+                let [inode, count] = one;
+                server.forget(inode, count);
             }
         }
         // Nothing else takes long enough.
         INTERRUPT => {
-            let mut unique = [0u8; 8];
-            reader.read_exact(&mut unique).map_err(|_| BadRequest::Short(REQUEST_HEADER))?;
-            server.locks().interrupt(u64::from_le_bytes(unique));
+            let mut unique = 0u64;
+            reader.read_exact(unique.as_mut_bytes()).map_err(|_| BadRequest::Short(REQUEST_HEADER))?;
+            server.locks().interrupt(unique);
         }
-        _ => return Err(BadRequest::NoRoom(writer.available_bytes(), opcode)),
+        opcode => return Err(BadRequest::NoRoom(writer.available_bytes(), opcode)),
     }
     Ok(Some(0))
 }
@@ -392,9 +423,9 @@ fn handle(
 fn opcode(memory: &Memory, chain: &Chain<'_>) -> Option<u32> {
     let first = chain.clone().readable().next()?;
     let address = first.addr().checked_add(4).filter(|_| first.len() >= 8)?;
-    let mut opcode = [0; 4];
-    memory.read_slice(&mut opcode, address).ok()?;
-    Some(u32::from_le_bytes(opcode))
+    let mut opcode = 0u32;
+    memory.read_slice(opcode.as_mut_bytes(), address).ok()?;
+    Some(opcode)
 }
 
 /// Serves a request about a lock.
@@ -408,14 +439,11 @@ fn lock(
     let mut reader = Reader::new(memory, chain.clone()).map_err(BadRequest::Buffers)?;
     let mut writer = Writer::new(memory, chain.clone()).map_err(BadRequest::Buffers)?;
     let (available, room) = (reader.available_bytes(), writer.available_bytes());
-    let mut bytes = [0u8; REQUEST_HEADER + LOCK];
-    reader.read_exact(&mut bytes).map_err(|_| BadRequest::Short(available))?;
-    let mut fields = bytes.as_slice();
-    let (_len, opcode, unique, inode) = (word(&mut fields), word(&mut fields), long(&mut fields), long(&mut fields));
+    let mut asked = LockRequest::default();
+    reader.read_exact(asked.as_mut_bytes()).map_err(|_| BadRequest::Short(available))?;
     // Who asks does not matter: the guest's kernel has looked at that when the file was opened.
-    let (_who, _pid) = (long(&mut fields), long(&mut fields));
-    let (handle, owner, start, end) = (long(&mut fields), long(&mut fields), long(&mut fields), long(&mut fields));
-    let (kind, pid, flags) = (word(&mut fields), word(&mut fields), word(&mut fields));
+    let LockRequest { header, handle, owner, lock: FileLock { start, end, kind, pid }, flags, .. } = asked;
+    let RequestHeader { opcode, unique, inode, .. } = header;
     if room < REPLY_HEADER {
         return Err(BadRequest::NoRoom(room, opcode));
     }
@@ -429,7 +457,7 @@ fn lock(
     let mut body = Vec::new();
     let done = match (opcode, request) {
         (_, Err(e)) => Err(e),
-        (GETLK, Ok(request)) => server.lock_in_the_way(&request).map(|found| body.extend(found.bytes())),
+        (GETLK, Ok(request)) => server.lock_in_the_way(&request).map(|found| body.extend(found.lock().as_bytes())),
         (SETLKW, Ok(request)) => match chain.clone().writable().next() {
             Some(first) if usize::try_from(first.len()).is_ok_and(|len| len >= REPLY_HEADER) => {
                 let slip = later.slip(chain.head_index(), first.addr(), unique);
@@ -447,19 +475,9 @@ fn lock(
         return Err(BadRequest::NoRoom(room, opcode));
     }
     let header = reply_header(body.len(), error, unique);
-    let reply = [header.as_slice(), &body].concat();
+    let reply = [header.as_bytes(), &body].concat();
     writer.write_all(&reply).map_err(|_| BadRequest::NoRoom(room, opcode))?;
     Ok(Some(reply.len()))
-}
-
-/// Takes a field off the front; 0 where there is none.
-fn word(bytes: &mut &[u8]) -> u32 {
-    bytes.split_off(..4).and_then(|field| field.first_chunk()).map_or(0, |field| u32::from_le_bytes(*field))
-}
-
-/// As [`word`].
-fn long(bytes: &mut &[u8]) -> u64 {
-    bytes.split_off(..8).and_then(|field| field.first_chunk()).map_or(0, |field| u64::from_le_bytes(*field))
 }
 
 impl Backend for FsQueue {
@@ -501,7 +519,7 @@ impl Backend for FsQueue {
         let answers = std::mem::take(&mut later.done().answers);
         for Reply { head, address, unique, error } in answers {
             let header = reply_header(0, error, unique);
-            let len = match memory.write_slice(&header, address) {
+            let len = match memory.write_slice(header.as_bytes(), address) {
                 Ok(()) => u32::try_from(REPLY_HEADER).unwrap_or(0),
                 Err(e) => {
                     mistakes.note(&e);

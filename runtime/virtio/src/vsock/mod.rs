@@ -310,7 +310,7 @@ impl Vsock {
         if present < HEADER {
             return Err(BadPacket::Short(present));
         }
-        let header = Header::parse(&header);
+        let header = Header::parse(header);
         if header.src_cid != self.guest {
             // No answer would reach whoever this pretends to be.
             return Err(BadPacket::Source(header.src_cid));

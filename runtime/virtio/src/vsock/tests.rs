@@ -110,7 +110,7 @@ impl Guest {
             self.memory.read_slice(&mut bytes, GuestAddress(buffer.address)).unwrap();
             self.post(buffer.address, buffer.len);
             let (head, data) = bytes.split_first_chunk().unwrap();
-            let header = Header::parse(head);
+            let header = Header::parse(*head);
             assert_eq!(header.len as usize, data.len());
             packets.push((header, data.to_vec()));
         }
