@@ -25,6 +25,7 @@ test-one: build bundle hostile
 
 test-integration: ## Integration tests with real containerd and guests, needs root (SUITE_FILTER='events:: crash::')
 test-integration: build bundle hostile developer
+	@integration/devbox tools --cri >/dev/null
 	@mk/tallied suite-lib $(CARGO) test --locked -q -p vz-suite --lib
 	@mk/tallied suite $(suite) $(SUITE_FILTER)
 
@@ -75,3 +76,8 @@ soak-files: build bundle
 
 fuzz: ## Fuzz everything that parses what a guest says (FUZZ_SECONDS=60 each, FUZZ_TARGETS='net blk')
 	@mk/fuzz $(FUZZ_TARGETS)
+
+.PHONY: test-cri
+test-cri: ## CRI's conformance tests with pods of vz, needs root (MODE=podsandbox, shim or runc; CRI_OPTIONS=--parallel=2)
+test-cri: build bundle
+	@integration/cri $(or $(MODE),podsandbox) $(CRI_OPTIONS)

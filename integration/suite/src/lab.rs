@@ -299,6 +299,11 @@ impl Lab {
         self.program("nerdctl").args(args)
     }
 
+    /// `crictl`.
+    pub fn crictl(&self, args: &[&str]) -> Program {
+        self.program("crictl").args(args)
+    }
+
     /// `vz`, with the shim's configuration and guest bundle.
     pub fn vz(&self, args: &[&str]) -> Program {
         Program::new(self.shim.with_file_name("vz")).envs(&self.env).args(args)

@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 mod boundary;
 mod containers;
+mod kubernetes;
 mod network;
 mod programs;
 mod storage;
@@ -31,6 +32,7 @@ fn main() -> ExitCode {
         boundary::endings::TESTS,
         boundary::host_side::TESTS,
         boundary::metal::TESTS,
+        kubernetes::pods::TESTS,
         programs::cli::TESTS,
         containers::oci::TESTS,
         programs::machine::TESTS,
