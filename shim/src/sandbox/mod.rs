@@ -94,7 +94,7 @@ impl Sandbox {
         let id = &request.id;
         self.reserve(id)?;
         let (container, spec) = match create::on_host(&self.lent, request, self.disks_of(id)).await {
-            Ok((container, spec)) => (Arc::new(container), spec),
+            Ok(made) => made,
             Err(error) => {
                 self.remove(id);
                 return Err(error);
