@@ -18,7 +18,11 @@ use vz_sys::{error::chain, sync::lock};
 
 use crate::{
     container::{self, Container, Exit, Lent, Process, State, create},
-    host::{self, disks::Disk, hooks, unwind},
+    host::{
+        self,
+        disks::Disk,
+        unwind::{self, Unwound},
+    },
 };
 
 pub mod error;
@@ -182,21 +186,15 @@ impl Sandbox {
         self.lent.guest.end().await;
         let dir = self.lent.host.journal.path().to_owned();
         // On a thread: processes and cgroups are waited for.
-        let unwinding = tokio::task::spawn_blocking(move || {
-            let mut bundles = Vec::new();
-            let unwound = unwind::unwind(&dir, |id, bundle| bundles.push((id.to_owned(), bundle.to_owned())));
-            (bundles, unwound)
-        });
-        let (bundles, unwound) = match unwinding.await {
-            Ok(done) => done,
+        let unwinding = tokio::task::spawn_blocking(move || unwind::unwind_within(unwind::DEADLINE, &dir));
+        let Unwound { result, due } = match unwinding.await {
+            Ok(unwound) => unwound,
             Err(error) => return tracing::error!(%error, "clean up"),
         };
-        if let Err(error) = unwound {
+        if let Err(error) = result {
             tracing::error!(error = chain(&error), "clean up");
         }
-        for (id, bundle) in bundles {
-            hooks::poststop(&id, &bundle, None, &self.lent.host.hooks).await;
-        }
+        due.run(&self.lent.host.hooks).await;
     }
 
     /// Takes an id for a container that is about to be made.
