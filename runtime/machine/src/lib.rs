@@ -5,6 +5,7 @@ use std::{
     os::fd::{BorrowedFd, OwnedFd},
 };
 
+pub mod client;
 pub mod control;
 mod devices;
 mod kvm;
