@@ -464,7 +464,8 @@ mod tests {
         drop(ends);
         let ends = opened().await.with(async { Err::<(), _>("no guest") }).await;
         assert_eq!(ends.map(drop), Err("no guest"));
-        assert_eq!(reader.read(&mut byte).await.unwrap(), 0);
+        let read = tokio::time::timeout(Duration::from_secs(10), reader.read(&mut byte)).await;
+        assert_eq!(read.expect("it is closed").unwrap(), 0);
     }
 
     #[tokio::test]
