@@ -7,6 +7,7 @@
 use std::{env, process::ExitCode};
 
 mod bootstrap;
+mod complaint;
 mod container;
 mod daemon;
 mod events;
@@ -15,6 +16,7 @@ mod guest;
 mod host;
 mod limit;
 mod log;
+mod parts;
 mod report;
 mod sandbox;
 mod service;

@@ -33,6 +33,7 @@ pub use generated::agent::*;
 pub use generated::agent_ttrpc::{Agent, AgentClient, create_agent};
 pub use protobuf::well_known_types::empty::Empty;
 
+pub mod bounds;
 pub mod frame;
 pub mod handshake;
 

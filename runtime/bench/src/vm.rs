@@ -2,22 +2,19 @@
 
 use std::{
     io,
-    os::{
-        fd::{AsFd, OwnedFd},
-        unix::net::UnixStream as StdUnixStream,
-    },
+    os::fd::{AsFd, OwnedFd},
+    pin::pin,
+    sync::Arc,
 };
 
 use nix::sys::signal::Signal;
-use tokio::{
-    io::{Interest, unix::AsyncFd},
-    net::UnixStream,
-};
+use tokio::net::UnixStream;
 use vz_machine::{
-    control::{self, BootConfig, Ended, Event, MachineKind, Request},
+    client::{self, Client, Said},
+    control::{BootConfig, Ended, MachineKind},
     spawn::{Spawn, SpawnError},
 };
-use vz_sys::{channel::Channel, process::Process};
+use vz_sys::process::Process;
 
 /// Why a VM could not be used.
 #[derive(Debug, thiserror::Error)]
@@ -25,34 +22,22 @@ pub enum Error {
     /// It could not be started.
     #[error(transparent)]
     Spawn(#[from] SpawnError),
-    /// Its control channel.
-    #[error("talk to vmm process")]
-    Channel(#[source] io::Error),
+    /// Its control channel, or a connection to the guest.
+    #[error(transparent)]
+    Client(#[from] client::Error),
     /// It has ended.
     #[error("{}", .0.message)]
     Ended(Ended),
-    /// It has ended without a word.
-    #[error("vmm process is gone")]
-    Gone,
-    /// The guest refuses a connection.
-    #[error("connect to guest port {port}: {reason}")]
-    Dial {
-        /// The port.
-        port: u32,
-        /// What the vmm said.
-        reason: String,
-    },
 }
 
 /// A VM that was started; it ends with this.
 #[derive(Debug)]
 pub struct Vm {
-    channel: AsyncFd<Channel>,
+    client: Arc<Client>,
     process: Process,
     machine: Option<MachineKind>,
     /// Connections of the guest that nobody has asked for yet.
     accepted: Vec<(u32, UnixStream)>,
-    dials: u64,
 }
 
 impl Vm {
@@ -63,11 +48,11 @@ impl Vm {
         let spawn =
             Spawn { name: c"vz-linux-bench", stderr: Some(stderr.as_fd()), user_namespace: true, admit: &|_| Ok(()) };
         let (channel, process) = spawn.boot(config, taps)?;
-        match channel.set_nonblocking(true).and_then(|()| watch(channel)) {
-            Ok(channel) => Ok(Self { channel, process, machine: None, accepted: Vec::new(), dials: 0 }),
-            Err(e) => {
+        match Client::new(channel) {
+            Ok(client) => Ok(Self { client: Arc::new(client), process, machine: None, accepted: Vec::new() }),
+            Err(error) => {
                 end(&process);
-                Err(Error::Channel(e))
+                Err(error.into())
             }
         }
     }
@@ -77,28 +62,20 @@ impl Vm {
         self.machine
     }
 
-    async fn event(&self) -> Result<(Event, Option<OwnedFd>), Error> {
-        let message = self.channel.async_io(Interest::READABLE, Channel::recv).await.map_err(Error::Channel)?;
-        let message = message.ok_or(Error::Gone)?;
-        Ok((control::decode(&message.bytes).map_err(Error::Channel)?, message.fds.into_iter().next()))
+    /// Notes what can happen at any time. An end is an error.
+    fn note(&mut self, said: Option<Said>) -> Result<(), Error> {
+        match said {
+            Some(Said::Launched { machine, .. }) => self.machine = Some(machine),
+            Some(Said::Accepted { port, stream }) => self.accepted.push((port, stream?)),
+            Some(Said::Ended(ended)) => return Err(Error::Ended(ended)),
+            None => return Err(client::Error::Gone.into()),
+        }
+        Ok(())
     }
 
-    /// What can happen at any time; the answer to a dial is handed back.
-    async fn next(&mut self) -> Result<Option<(u64, Result<UnixStream, String>)>, Error> {
-        match self.event().await? {
-            (Event::Launched { machine, .. }, _) => self.machine = Some(machine),
-            (Event::Accepted { port }, Some(fd)) => self.accepted.push((port, stream(fd)?)),
-            (Event::Dialed { id, error }, fd) => {
-                let result = match fd {
-                    Some(fd) => Ok(stream(fd)?),
-                    None => Err(error.unwrap_or_else(|| "no connection was passed".into())),
-                };
-                return Ok(Some((id, result)));
-            }
-            (Event::Ended(ended), _) => return Err(Error::Ended(ended)),
-            (Event::Accepted { .. }, None) => {}
-        }
-        Ok(None)
+    async fn next(&mut self) -> Result<(), Error> {
+        let said = self.client.next().await?;
+        self.note(said)
     }
 
     /// Waits for the guest's connection to a port of the host's.
@@ -113,13 +90,12 @@ impl Vm {
 
     /// Connects to a port of the guest.
     pub async fn dial(&mut self, port: u32) -> Result<UnixStream, Error> {
-        self.dials += 1;
-        self.send(&Request::Dial { id: self.dials, port })?;
+        let client = Arc::clone(&self.client);
+        let mut dialed = pin!(client.dial(port));
         loop {
-            if let Some((id, result)) = self.next().await?
-                && id == self.dials
-            {
-                return result.map_err(|reason| Error::Dial { port, reason });
+            tokio::select! {
+                dialed = &mut dialed => return Ok(dialed?),
+                said = client.next() => self.note(said?)?,
             }
         }
     }
@@ -132,11 +108,6 @@ impl Vm {
             }
         }
     }
-
-    /// The queue has room for all that is asked here.
-    fn send(&self, request: &Request) -> Result<(), Error> {
-        control::send(self.channel.get_ref(), request, &[]).map_err(Error::Channel)
-    }
 }
 
 impl Drop for Vm {
@@ -145,20 +116,9 @@ impl Drop for Vm {
     }
 }
 
-#[expect(deprecated, reason = "its successor is unsafe; a channel owns one descriptor for as long as it lives")]
-fn watch(channel: Channel) -> io::Result<AsyncFd<Channel>> {
-    AsyncFd::new(channel)
-}
-
 /// Kills it, and waits until everything in its pid namespace is gone. What fails has failed because it is gone already.
 fn end(process: &Process) {
     if process.kill(Signal::SIGKILL).is_ok() {
         drop(process.wait());
     }
-}
-
-fn stream(fd: OwnedFd) -> Result<UnixStream, Error> {
-    let stream = StdUnixStream::from(fd);
-    stream.set_nonblocking(true).map_err(Error::Channel)?;
-    UnixStream::from_std(stream).map_err(Error::Channel)
 }

@@ -4,6 +4,7 @@
 //! device did what it must not: panicked, wrote outside of the guest's buffers, returned what was not its own. The same
 //! targets are run by libFuzzer (`make fuzz`) and, over the committed corpus, by `cargo test`.
 
+mod answers;
 mod devices;
 mod guest;
 mod mmio;
@@ -16,7 +17,8 @@ mod values;
 pub type Target = fn(&[u8]) -> Result<(), String>;
 
 /// All of them, by name.
-pub const TARGETS: [(&str, Target); 9] = [
+pub const TARGETS: [(&str, Target); 10] = [
+    ("answers", answers::run),
     ("balloon", guest::run::<devices::balloon::Guest>),
     ("blk", guest::run::<devices::blk::Guest>),
     ("console", guest::run::<devices::console::Guest>),

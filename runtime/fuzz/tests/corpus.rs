@@ -35,4 +35,4 @@ macro_rules! targets {
     };
 }
 
-targets!(balloon, blk, console, fs, mmio, net, proto, rng, vsock);
+targets!(answers, balloon, blk, console, fs, mmio, net, proto, rng, vsock);

@@ -25,8 +25,6 @@ pub enum Request {
         /// The guest's port.
         port: u32,
     },
-    /// End the VM at once. Answered by [`Event::Ended`].
-    Kill,
 }
 
 /// From the vmm.
@@ -37,8 +35,6 @@ pub enum Event {
     Launched {
         /// Which machine it runs on.
         machine: MachineKind,
-        /// pid of the vmm and, with QEMU, of QEMU, in the vmm's pid namespace's parent where known.
-        qemu_pid: Option<i32>,
         /// CPU time that the vmm process used until here, in microseconds.
         cpu_us: u64,
     },
@@ -86,8 +82,6 @@ pub enum Cause {
     /// KVM failed before the agent connected, which is to say that this host's KVM cannot run our guest. The shim then
     /// marks the host, see [`crate::verdict::Host::failed_early`].
     Kvm,
-    /// [`Request::Kill`], or the shim died.
-    Killed,
 }
 
 /// A machine that exists.

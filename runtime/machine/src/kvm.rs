@@ -80,10 +80,6 @@ impl Machine for KvmMachine {
         MachineKind::Kvm
     }
 
-    fn pid(&self) -> Option<i32> {
-        None
-    }
-
     fn outputs(&mut self) -> Outputs {
         std::mem::take(&mut self.outputs)
     }

@@ -5,6 +5,7 @@ use std::{
     os::fd::{BorrowedFd, OwnedFd},
 };
 
+pub mod client;
 pub mod control;
 mod devices;
 mod kvm;
@@ -27,8 +28,6 @@ use vz_probe::Unusable;
 trait Machine: std::fmt::Debug + Send {
     /// Which one it is.
     fn kind(&self) -> MachineKind;
-    /// Its process's id in our pid namespace, where it has one of its own.
-    fn pid(&self) -> Option<i32>;
     /// Where the guest's console output comes from, and the machine's own words; each is handed out once.
     fn outputs(&mut self) -> Outputs;
     /// Connects the devices; from here on the guest runs.

@@ -111,10 +111,6 @@ impl Machine for QemuMachine {
         MachineKind::Qemu
     }
 
-    fn pid(&self) -> Option<i32> {
-        Some(self.qemu.pid())
-    }
-
     fn outputs(&mut self) -> Outputs {
         std::mem::take(&mut self.outputs)
     }

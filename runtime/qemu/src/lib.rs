@@ -191,11 +191,6 @@ impl Qemu {
         Ok(Self { process, console: Some(console), stderr: Some(stderr) })
     }
 
-    /// Its pid in our pid namespace.
-    pub fn pid(&self) -> i32 {
-        self.process.pid().as_raw()
-    }
-
     /// Ends it at once.
     pub fn kill(&self) -> io::Result<()> {
         self.process.kill(Signal::SIGKILL)

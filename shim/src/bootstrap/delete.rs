@@ -14,7 +14,10 @@ use super::{
     error::{Error, fail},
     watcher,
 };
-use crate::host::{hooks, unwind};
+use crate::host::{
+    hooks,
+    unwind::{self, Unwound},
+};
 
 /// How long processes and cgroups may take to end. containerd gives `delete` five seconds in all.
 const DELETE_DEADLINE: Duration = Duration::from_secs(4);
@@ -24,10 +27,9 @@ const WATCHER_DEADLINE: Duration = Duration::from_secs(60);
 /// Takes away everything that the sandbox in `dir` owns, and runs the hooks that are due then. What is left is the
 /// error.
 pub fn take_away(dir: &Path, time: Duration) -> Result<(), Error> {
-    let mut bundles = Vec::new();
-    let unwound = unwind::unwind_within(time, dir, |id, bundle| bundles.push((id.to_owned(), bundle.to_owned())));
-    if bundles.is_empty() {
-        return Ok(unwound?);
+    let Unwound { result, due } = unwind::unwind_within(time, dir);
+    if due.is_empty() {
+        return Ok(result?);
     }
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(fail("start runtime for hooks"))?;
@@ -35,11 +37,9 @@ pub fn take_away(dir: &Path, time: Duration) -> Result<(), Error> {
     // here.
     let limit = Config::load(None).unwrap_or_default().timeouts.hook_s;
     let launch = hooks::Launch { surroundings: None, limit: Duration::from_secs(limit) };
-    for (id, bundle) in bundles {
-        runtime.block_on(hooks::poststop(&id, &bundle, None, &launch));
-    }
+    runtime.block_on(due.run(&launch));
     runtime.shutdown_background();
-    Ok(unwound?)
+    Ok(result?)
 }
 
 /// Takes away whatever a dead shim has left. The reply for containerd.

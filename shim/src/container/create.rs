@@ -1,12 +1,22 @@
 //! Makes a container that is ready to be started: on the host, then in the guest.
 //!
+//! On the host each step has an action that undoes it ([`Undo`]), which [`on_host`] runs if a later step fails:
+//!
 //! | step | undone by |
 //! | --- | --- |
 //! | mount the root file system and volumes ([`mount_files`]) | [`remove_files`] |
-//! | start the anchor | its end, when it is dropped |
+//! | start the anchor | its end |
 //! | run prestart and createRuntime hooks | poststop hooks ([`Container::finish_hooks`]) |
-//! | open the client's streams, connect the guest's | closing them |
+//!
+//! In the guest there is a container by then, and whoever deletes it ends what it has:
+//!
+//! | step | undone by |
+//! | --- | --- |
+//! | open the client's streams, connect the guest's | closing them ([`ClientEnds::with`](stdio::ClientEnds::with)) |
 //! | make the container in the guest | [`Container::leave_guest`] |
+//!
+//! A container that has run ends in another order: the runtime spec has poststop hooks after all else is gone. So its
+//! end is in [`delete`](super::delete), and these actions are for creations only.
 
 use std::{
     os::fd::{AsFd, OwnedFd},
@@ -18,7 +28,7 @@ use containerd_shim_protos::api::CreateTaskRequest;
 use nix::unistd::Pid;
 use oci_spec::runtime::ContainerState;
 use vz_proto::CreateContainerRequest;
-use vz_sys::{error::chain, rate::Limit};
+use vz_sys::{error::chain, rate::Limit, sync::lock};
 
 use super::{
     Container, Error, Lent, PodFiles, Process, copyup,
@@ -26,6 +36,7 @@ use super::{
     plan::{self, Plan},
     start::connect_streams,
     stdio::{self, Stdio},
+    undo::Undo,
 };
 use crate::{
     guest::{self, follow},
@@ -58,20 +69,20 @@ struct Files {
 }
 
 /// Makes the host's side of a container: root file system, volumes, anchor, hooks. `disks` are those of the VM's disks
-/// that are the container's, `peers` the other containers of the sandbox. Returns the container, and the spec that the guest gets. After a failure nothing is left.
+/// that are the container's, `peers` the other containers of the sandbox. Returns the container, and the spec that the
+/// guest gets. After a failure nothing is left.
 pub async fn on_host(
     lent: &Lent,
     request: &CreateTaskRequest,
     disks: &[Disk],
     peers: Peers,
-) -> Result<(Container, Vec<u8>), Error> {
-    let made = host_side(lent, request, disks, peers).await;
-    if made.is_err()
-        && let Err(error) = remove_files(&lent.host, &request.id).await
-    {
-        tracing::error!(container = request.id, error = chain(&error), "undo create");
-    }
-    made
+) -> Result<(Arc<Container>, Vec<u8>), Error> {
+    let mut undo = Undo::default();
+    let made = host_side(lent, request, disks, peers, &mut undo).await;
+    let report = |step, error| {
+        tracing::error!(container = request.id, step, error = chain(&error), "undo create");
+    };
+    undo.settle(made, report).await
 }
 
 /// Mounts the root file system and the volumes. Each step may hang if a file system does.
@@ -113,8 +124,7 @@ fn mount_files(
 }
 
 /// Takes a container's mounts away.
-pub async fn remove_files(host: &Arc<Host>, id: &str) -> Result<(), host::Error> {
-    let (host, id) = (Arc::clone(host), id.to_owned());
+pub async fn remove_files(host: Arc<Host>, id: String) -> Result<(), host::Error> {
     let deadline = host.files_deadline;
     offload::run(deadline, move |doing| {
         doing.now(format!("unmount the file systems of container {id}"));
@@ -123,13 +133,16 @@ pub async fn remove_files(host: &Arc<Host>, id: &str) -> Result<(), host::Error>
     .await
 }
 
+/// The steps, each of which pushes to `undo` what undoes it.
 async fn host_side(
     lent: &Lent,
     request: &CreateTaskRequest,
     disks: &[Disk],
     peers: Peers,
-) -> Result<(Container, Vec<u8>), Error> {
+    undo: &mut Undo,
+) -> Result<(Arc<Container>, Vec<u8>), Error> {
     let (host, bundle) = (&lent.host, Path::new(&request.bundle));
+    undo.push("mount files", remove_files(Arc::clone(host), request.id.clone()));
     let Files { plan, rootfs, etc_files, score } = {
         let (host, request, disks) = (Arc::clone(host), request.clone(), disks.to_vec());
         let pod_files = lent.pod_files.clone();
@@ -149,12 +162,15 @@ async fn host_side(
     });
     let admit = |pid: Pid| host.admit(pid, score);
     let anchor = Anchor::start(&request.id, rootfs, host.network.netns(), &admit).await?;
-    host.journal.process("anchor", anchor.pid())?;
-    let hold = anchor.hold().map_err(host::anchor::Error::Spawn)?;
+    let (pid, hold) = (anchor.pid(), anchor.hold());
+    let anchor = Arc::new(Mutex::new(Some(anchor)));
+    undo.push("start anchor", drop_anchor(Arc::clone(&anchor)));
+    host.journal.process("anchor", pid)?;
+    let hold = hold.map_err(host::anchor::Error::Spawn)?;
     let context = Context {
         id: request.id.clone(),
         bundle: bundle.to_owned(),
-        pid: anchor.pid(),
+        pid,
         annotations: spec::annotations(&plan.guest),
         hold: Some(Arc::new(hold)),
         launch: host.hooks.clone(),
@@ -172,28 +188,37 @@ async fn host_side(
         stderr: request.stderr.clone(),
         terminal: request.terminal,
     };
-    let container = Container {
+    let container = Arc::new(Container {
         id: context.id.clone(),
         bundle: context.bundle.clone(),
         init: Arc::new(Process::new("", stdio, None)),
         hooks: plan.hooks,
         poststop,
-        pid: anchor.pid().unsigned_abs(),
+        pid: pid.unsigned_abs(),
         context,
         deletion: tokio::sync::Mutex::default(),
         lent: lent.clone(),
         disks: disks.to_vec(),
-        anchor: Mutex::new(Some(anchor)),
+        anchor,
         out_of_memory: Limit::new(OUT_OF_MEMORY),
         _etc_files: etc_files,
         execs: Mutex::default(),
         forgetting: Mutex::default(),
-    };
-    if let Err(error) = container.creation_hooks().await {
-        container.finish_hooks().await;
-        return Err(error.into());
-    }
+    });
+    undo.push("run hooks", finish_hooks(Arc::clone(&container)));
+    container.creation_hooks().await?;
     Ok((container, guest_spec))
+}
+
+/// Ends an anchor without waiting for it.
+async fn drop_anchor(anchor: Arc<Mutex<Option<Anchor>>>) -> Result<(), host::Error> {
+    drop(lock(&anchor).take());
+    Ok(())
+}
+
+async fn finish_hooks(container: Arc<Container>) -> Result<(), host::Error> {
+    container.finish_hooks().await;
+    Ok(())
 }
 
 impl Container {
@@ -218,13 +243,7 @@ impl Container {
             let (tokens, streams) = connect_streams(guest, stdio).await?;
             Ok::<_, guest::Error>((news, network, tokens, streams))
         };
-        let (news, network, tokens, streams) = match connected.await {
-            Ok(connected) => connected,
-            Err(error) => {
-                ends.close().await;
-                return Err(error.into());
-            }
-        };
+        let (ends, (news, network, tokens, streams)) = ends.with(connected).await?;
         let request = CreateContainerRequest {
             container_id: self.id.clone(),
             spec,

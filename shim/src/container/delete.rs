@@ -1,5 +1,7 @@
 //! Takes a container away: in the guest, then on the host.
 
+use std::sync::Arc;
+
 use containerd_shim_protos::events::task::TaskDelete;
 use vz_sys::error::chain;
 
@@ -37,7 +39,7 @@ impl Container {
     /// Takes away its mounts, and runs its poststop hooks.
     pub async fn leave_host(&self) {
         let host = &self.lent.host;
-        if let Err(error) = create::remove_files(host, &self.id).await {
+        if let Err(error) = create::remove_files(Arc::clone(host), self.id.clone()).await {
             // They end with the last process of the sandbox in any case.
             tracing::error!(container = self.id, error = chain(&error), "take away mounts");
         }

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::{copyup, stdio};
-use crate::{guest, host, spec};
+use crate::{guest, host, parts::from_parts, spec};
 
 /// What a client asks of a container cannot be done.
 #[derive(Debug, thiserror::Error)]
@@ -88,19 +88,8 @@ pub enum Error {
     Guest(#[from] guest::Error),
 }
 
-/// So that each part of the host's side can be used with `?`.
-macro_rules! from_host {
-    ($($part:ty),*) => {
-        $(impl From<$part> for Error {
-            fn from(error: $part) -> Self {
-                Self::Host(error.into())
-            }
-        })*
-    };
-}
-
-from_host!(
-    host::anchor::Error,
+from_parts!(
+    Host: host::anchor::Error,
     host::cgroup::Error,
     host::disks::Error,
     host::hooks::Error,

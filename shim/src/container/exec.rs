@@ -64,13 +64,7 @@ impl Container {
         let wanted = spec::write("process", &plan::exec_process(wanted))?;
         let surroundings = self.lent.host.hooks.surroundings.as_deref();
         let ends = stdio::open(&process.stdio, &self.id, &self.lent.namespace, surroundings).await?;
-        let (tokens, streams) = match connect_streams(guest, &process.stdio).await {
-            Ok(connected) => connected,
-            Err(error) => {
-                ends.close().await;
-                return Err(error.into());
-            }
-        };
+        let (ends, (tokens, streams)) = ends.with(connect_streams(guest, &process.stdio)).await?;
         let request = ExecProcessRequest {
             container_id: self.id.clone(),
             exec_id: process.exec_id.clone(),

@@ -39,6 +39,7 @@ pub mod process;
 pub mod said;
 pub mod start;
 pub mod stdio;
+pub mod undo;
 pub mod update;
 
 pub use error::Error;
@@ -94,7 +95,7 @@ pub struct Container {
     lent: Lent,
     /// Those of the VM's disks that are its.
     disks: Vec<Disk>,
-    anchor: Mutex<Option<Anchor>>,
+    anchor: Arc<Mutex<Option<Anchor>>>,
     /// Limits the events of its lack of memory.
     out_of_memory: Limit,
     _etc_files: Option<EtcFiles>,

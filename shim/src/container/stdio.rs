@@ -243,8 +243,19 @@ impl ClientEnds {
         }
     }
 
-    /// Closes everything again: there will be nothing to copy.
-    pub async fn close(self) {
+    /// These, and what `work` makes. After its failure they are closed: there will be nothing to copy.
+    pub async fn with<T, E>(self, work: impl Future<Output = Result<T, E>>) -> Result<(Self, T), E> {
+        match work.await {
+            Ok(made) => Ok((self, made)),
+            Err(error) => {
+                self.close().await;
+                Err(error)
+            }
+        }
+    }
+
+    /// Closes everything again.
+    async fn close(self) {
         let Self { logger, .. } = self;
         if let Some(logger) = logger {
             logger.end(false).await;
@@ -433,6 +444,28 @@ mod tests {
         let mut got = String::new();
         guest.read_to_string(&mut got).await.unwrap();
         assert_eq!(got, "hello");
+    }
+
+    #[tokio::test]
+    async fn the_clients_ends_are_closed_if_the_guests_cannot_be_had() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("out");
+        mkfifo(&path, Mode::S_IRWXU).unwrap();
+        let opened = async || {
+            let stdout = path.to_str().unwrap().to_owned();
+            open(&Stdio { stdout, ..Default::default() }, "c1", "ns", None).await.unwrap()
+        };
+        // Where nobody writes, a fifo that is not waited for cannot be read from either: its end is there at once.
+        let mut reader = pipe::OpenOptions::new().open_receiver(&path).unwrap();
+        let (ends, made) = opened().await.with(async { Ok::<_, ()>(7) }).await.unwrap();
+        assert_eq!(made, 7);
+        let mut byte = [0];
+        assert_eq!(reader.try_read(&mut byte).unwrap_err().kind(), io::ErrorKind::WouldBlock);
+        drop(ends);
+        let ends = opened().await.with(async { Err::<(), _>("no guest") }).await;
+        assert_eq!(ends.map(drop), Err("no guest"));
+        let read = tokio::time::timeout(Duration::from_secs(10), reader.read(&mut byte)).await;
+        assert_eq!(read.expect("it is closed").unwrap(), 0);
     }
 
     #[tokio::test]

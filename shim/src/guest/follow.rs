@@ -4,10 +4,12 @@ use std::sync::{Arc, Weak};
 
 use tokio::io::unix::AsyncFd;
 use vz_net::watch::Watch;
-use vz_sys::error::chain;
 
 use super::{Error, Guest, forward::Forwarding};
-use crate::host::{self, Host, network::News};
+use crate::{
+    complaint::Complaint,
+    host::{self, Host, network::News},
+};
 
 /// Brings the guest up to date, which it must be before a container starts.
 pub async fn update(host: &Host, guest: &Guest) -> Result<(), Error> {
@@ -38,7 +40,7 @@ async fn tell(guest: &Guest, news: News<'_>) -> Result<(), Error> {
 }
 
 async fn follow(watch: AsyncFd<Watch>, host: Weak<Host>, guest: Weak<Guest>) {
-    let mut said = String::new();
+    let mut complaint = Complaint::default();
     loop {
         let mut ready = match watch.readable().await {
             Ok(ready) => ready,
@@ -57,11 +59,8 @@ async fn follow(watch: AsyncFd<Watch>, host: Weak<Host>, guest: Weak<Guest>) {
         match done {
             Ok(()) | Err(Error::Ended(_)) => {}
             Err(error) => {
-                let error = chain(&error);
-                // News come in bursts, and one complaint about a link is enough.
-                if error != said {
+                if let Some(error) = complaint.about(&error) {
                     tracing::warn!(error, "network has changed, and the guest's has not");
-                    said = error;
                 }
             }
         }

@@ -1,17 +1,10 @@
 //! The sandbox's vmm process, as the shim sees it: started, asked, and outlived.
 
 use std::{
-    collections::HashMap,
     fs::File,
     io,
-    os::{
-        fd::{AsFd, OwnedFd},
-        unix::net::UnixStream as StdUnixStream,
-    },
-    sync::{
-        Mutex, MutexGuard,
-        atomic::{AtomicU64, Ordering},
-    },
+    os::fd::{AsFd, OwnedFd},
+    sync::Mutex,
     time::Duration,
 };
 
@@ -23,13 +16,14 @@ use tokio::{
     io::unix::AsyncFd,
     net::UnixStream,
     signal::unix::{SignalKind, signal},
-    sync::{mpsc, oneshot, watch},
+    sync::{mpsc, watch},
 };
 use vz_machine::{
-    control::{self, BootConfig, Ended, Event, MachineKind, Request},
+    client::{self, Client, Said},
+    control::{BootConfig, Ended, MachineKind},
     spawn::{Spawn, SpawnError},
 };
-use vz_sys::{channel::Channel, process::Process};
+use vz_sys::{channel::Channel, error::chain, process::Process};
 
 use crate::host::{cgroup::Cgroup, oom::Score};
 use vz_sys::sync::lock;
@@ -43,9 +37,9 @@ pub enum Error {
     /// It could not be started.
     #[error(transparent)]
     Spawn(#[from] SpawnError),
-    /// It does not answer any more.
-    #[error("vmm process is gone")]
-    Gone,
+    /// It cannot be used.
+    #[error(transparent)]
+    Client(#[from] client::Error),
     /// It did not take a request or did not answer, and runs.
     #[error("connect to guest port {port}: the vmm process did not answer within {} s", .after.as_secs())]
     Silent {
@@ -54,20 +48,9 @@ pub enum Error {
         /// How long it was waited for.
         after: Duration,
     },
-    /// A message could not be sent.
-    #[error("send request to vmm")]
-    Send(#[source] io::Error),
-    /// A connection to the guest was refused.
-    #[error("connect to guest port {port}: {reason}")]
-    Dial {
-        /// The port.
-        port: u32,
-        /// What the vmm said.
-        reason: String,
-    },
-    /// The passed descriptor is unusable.
-    #[error("use connection from vmm")]
-    Connection(#[source] io::Error),
+    /// Its process cannot be watched.
+    #[error("watch vmm process")]
+    Process(#[source] io::Error),
 }
 
 /// How long the vmm's process may take to be reaped after its channel has closed.
@@ -106,10 +89,8 @@ pub struct Started {
 /// A vmm process that is listened to.
 #[derive(Debug)]
 pub struct Vmm {
-    channel: AsyncFd<Channel>,
+    client: Client,
     process: AsyncFd<Process>,
-    dials: Mutex<HashMap<u64, oneshot::Sender<Result<OwnedFd, String>>>>,
-    next: AtomicU64,
     status: Mutex<Option<WaitStatus>>,
     /// Why the process counts as ended, although it is not gone.
     given_up: watch::Sender<Option<String>>,
@@ -157,12 +138,9 @@ impl Started {
 
     /// Makes it usable in the current tokio runtime.
     pub fn listen(self) -> Result<Vmm, Error> {
-        self.channel.set_nonblocking(true).map_err(Error::Connection)?;
         Ok(Vmm {
-            channel: crate::fd::watch(self.channel).map_err(Error::Connection)?,
-            process: crate::fd::watch(self.process).map_err(Error::Connection)?,
-            dials: Mutex::default(),
-            next: AtomicU64::default(),
+            client: Client::new(self.channel)?,
+            process: crate::fd::watch(self.process).map_err(Error::Process)?,
             status: Mutex::default(),
             given_up: watch::Sender::default(),
         })
@@ -172,18 +150,8 @@ impl Started {
 impl Vmm {
     /// Connects to a port of the guest, at most within `deadline`: a vmm that is stopped does not even refuse.
     pub async fn dial(&self, port: u32, deadline: Duration) -> Result<UnixStream, Error> {
-        let id = self.next.fetch_add(1, Ordering::Relaxed);
-        let (answer, answered) = oneshot::channel();
-        self.dials().insert(id, answer);
-        let asked = async {
-            self.send(&Request::Dial { id, port }).await?;
-            answered.await.map_err(|_| Error::Gone)?.map_err(|reason| Error::Dial { port, reason })
-        };
-        let asked = tokio::time::timeout(deadline, asked).await;
-        if asked.as_ref().map_or(true, Result::is_err) {
-            self.dials().remove(&id);
-        }
-        stream(asked.unwrap_or(Err(Error::Silent { port, after: deadline }))?)
+        let dialed = tokio::time::timeout(deadline, self.client.dial(port)).await;
+        Ok(dialed.map_err(|_| Error::Silent { port, after: deadline })??)
     }
 
     /// Ends the VM and waits until its process, and with it everything in its pid namespace, is gone.
@@ -228,34 +196,21 @@ impl Vmm {
         }
     }
 
-    async fn send(&self, request: &Request) -> Result<(), Error> {
-        let bytes = control::encode(request).map_err(Error::Send)?;
-        loop {
-            let mut ready = self.channel.writable().await.map_err(Error::Send)?;
-            match ready.try_io(|channel| channel.get_ref().send(&bytes, &[])) {
-                Ok(Ok(())) => return Ok(()),
-                Ok(Err(e)) if e.kind() == io::ErrorKind::BrokenPipe => return Err(Error::Gone),
-                Ok(Err(e)) => return Err(Error::Send(e)),
-                Err(_) => {}
-            }
-        }
-    }
-
     /// Hands on what the vmm says until it has ended; [`Notice::Ended`] is always the last.
     pub async fn run(&self, notices: mpsc::Sender<Notice>) {
         let mut given_up = self.given_up.subscribe();
         let ended = loop {
             let received = tokio::select! {
-                received = self.receive() => received,
+                received = self.client.next() => received,
                 // The sender is in self.
                 why = async { given_up.wait_for(Option::is_some).await.ok().and_then(|why| why.clone()) } => {
                     break why.map(Err);
                 }
             };
             match received {
-                Ok(Some((Event::Ended(ended), _))) => break Some(Ok(ended)),
-                Ok(Some((event, fds))) => {
-                    if let Some(notice) = self.dispatch(event, fds)
+                Ok(Some(Said::Ended(ended))) => break Some(Ok(ended)),
+                Ok(Some(said)) => {
+                    if let Some(notice) = notice(said)
                         && notices.send(notice).await.is_err()
                     {
                         break None;
@@ -263,12 +218,12 @@ impl Vmm {
                 }
                 Ok(None) => break None,
                 Err(error) => {
-                    tracing::error!(%error, "vmm channel");
+                    tracing::error!(error = chain(&error), "vmm channel");
                     break None;
                 }
             }
         };
-        self.dials().clear();
+        self.client.close();
         let ended = match ended {
             Some(ended) => ended,
             None => Err(self.died().await),
@@ -299,42 +254,18 @@ impl Vmm {
             Err(error) => format!("the vmm process died, and how cannot be known: {error}"),
         }
     }
+}
 
-    async fn receive(&self) -> io::Result<Option<(Event, Vec<OwnedFd>)>> {
-        loop {
-            let mut ready = self.channel.readable().await?;
-            if let Ok(received) = ready.try_io(|channel| channel.get_ref().recv()) {
-                let Some(message) = received? else { return Ok(None) };
-                return Ok(Some((control::decode(&message.bytes)?, message.fds)));
-            }
+/// What the sandbox is told of it.
+fn notice(said: Said) -> Option<Notice> {
+    match said {
+        Said::Launched { machine, cpu_us } => Some(Notice::Launched { machine, cpu_us }),
+        Said::Accepted { port, stream: Ok(stream) } => Some(Notice::Accepted { port, stream }),
+        Said::Accepted { port, stream: Err(error) } => {
+            tracing::error!(error = chain(&error), port, "guest connection");
+            None
         }
-    }
-
-    fn dispatch(&self, event: Event, fds: Vec<OwnedFd>) -> Option<Notice> {
-        let fd = fds.into_iter().next();
-        match event {
-            Event::Launched { machine, cpu_us, .. } => Some(Notice::Launched { machine, cpu_us }),
-            Event::Dialed { id, error } => {
-                let answer = self.dials().remove(&id)?;
-                let result = fd.ok_or_else(|| error.unwrap_or_else(|| "no connection was passed".into()));
-                // A caller that gave up needs no answer.
-                drop(answer.send(result));
-                None
-            }
-            Event::Accepted { port } => match fd.map(stream) {
-                Some(Ok(stream)) => Some(Notice::Accepted { port, stream }),
-                Some(Err(error)) => {
-                    tracing::error!(%error, port, "guest connection");
-                    None
-                }
-                None => None,
-            },
-            Event::Ended(ended) => Some(Notice::Ended(Ok(ended))),
-        }
-    }
-
-    fn dials(&self) -> MutexGuard<'_, HashMap<u64, oneshot::Sender<Result<OwnedFd, String>>>> {
-        lock(&self.dials)
+        Said::Ended(ended) => Some(Notice::Ended(Ok(ended))),
     }
 }
 
@@ -343,18 +274,13 @@ pub fn notices() -> (mpsc::Sender<Notice>, mpsc::Receiver<Notice>) {
     mpsc::channel(ACCEPTED_QUEUE)
 }
 
-fn stream(fd: OwnedFd) -> Result<UnixStream, Error> {
-    let stream = StdUnixStream::from(fd);
-    stream.set_nonblocking(true).map_err(Error::Connection)?;
-    UnixStream::from_std(stream).map_err(Error::Connection)
-}
-
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
+    use std::{os::unix::net::UnixStream as StdUnixStream, sync::Arc};
 
     use nix::sched::CloneFlags;
     use tokio::io::AsyncReadExt;
+    use vz_machine::control::{self, Event, Request};
     use vz_sys::process::Command;
 
     use super::*;
@@ -391,6 +317,18 @@ mod tests {
         control::send(theirs, event, fds).unwrap();
     }
 
+    /// The next request.
+    async fn asked(theirs: &Channel) -> Request {
+        theirs.set_nonblocking(true).unwrap();
+        loop {
+            match theirs.recv() {
+                Ok(message) => return control::decode(&message.unwrap().bytes).unwrap(),
+                Err(e) => assert_eq!(e.kind(), io::ErrorKind::WouldBlock),
+            }
+            tokio::task::yield_now().await;
+        }
+    }
+
     #[tokio::test]
     async fn a_vmm_that_does_not_answer_has_a_deadline() {
         let (vmm, theirs, _notices) = listened_to("exec sleep 1000");
@@ -402,9 +340,8 @@ mod tests {
             let vmm = vmm.clone();
             async move { vmm.dial(8, LATE).await }
         });
-        while vmm.dials().is_empty() {
-            tokio::task::yield_now().await;
-        }
+        assert_eq!(asked(&theirs).await, Request::Dial { id: 0, port: 7 });
+        assert_eq!(asked(&theirs).await, Request::Dial { id: 1, port: 8 });
         tell(&theirs, &Event::Dialed { id: 1, error: Some("nobody listens".into()) }, &[]);
         let error = asking.await.unwrap().unwrap_err();
         assert_eq!(error.to_string(), "connect to guest port 8: nobody listens");
@@ -438,13 +375,11 @@ mod tests {
                 let vmm = vmm.clone();
                 async move { vmm.dial(7, LATE).await }
             });
-            while vmm.dials().is_empty() {
-                tokio::task::yield_now().await;
-            }
+            assert_eq!(asked(&theirs).await, Request::Dial { id: 0, port: 7 });
             drop(theirs);
             let Some(Notice::Ended(Err(said))) = notices.recv().await else { panic!("not ended") };
             assert!(said.contains(why), "{said}");
-            assert!(matches!(asking.await.unwrap(), Err(Error::Gone)));
+            assert!(matches!(asking.await.unwrap(), Err(Error::Client(client::Error::Gone))));
             assert!(notices.recv().await.is_none());
         }
     }

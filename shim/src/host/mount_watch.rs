@@ -10,9 +10,9 @@ use tokio::{
     io::{Interest, unix::AsyncFd},
     time::sleep,
 };
-use vz_sys::error::chain;
 
 use super::{error::Error, offload, share::Share};
+use crate::complaint::Complaint;
 
 /// Time between two looks at the mount table: bounds what a host costs that mounts all the time.
 const PAUSE: Duration = Duration::from_millis(50);
@@ -31,20 +31,17 @@ pub fn start(share: &Arc<Share>, deadline: Duration) {
 }
 
 async fn follow(table: AsyncFd<File>, share: Weak<Share>, deadline: Duration) {
-    let mut said = String::new();
+    let mut complaint = Complaint::default();
     loop {
         let Some(share) = share.upgrade() else { return };
         let looked = offload::run::<_, Error>(deadline, move |doing| {
             doing.now("follow the host's mounts below volumes");
             Ok(share.follow()?)
         });
-        if let Err(error) = looked.await {
-            let error = chain(&error);
-            // Mounts come in bursts, and one complaint about each failure is enough.
-            if error != said {
-                tracing::warn!(error, "a mount of the host's does not appear in a volume");
-                said = error;
-            }
+        if let Err(error) = looked.await
+            && let Some(error) = complaint.about(&error)
+        {
+            tracing::warn!(error, "a mount of the host's does not appear in a volume");
         }
         sleep(PAUSE).await;
         match table.ready(Interest::PRIORITY).await {

@@ -148,17 +148,16 @@ impl Network {
         };
         let held = netns.as_fd().try_clone_to_owned().map_err(Error::Create)?;
         let mut wiring = Wiring::open(netns)?;
-        let count = match &given {
-            Some(_) => wiring.links()?,
+        let found = match &given {
+            Some(_) => Some(wiring.links()?),
             None => {
                 wiring.loopback_up()?;
-                // Whoever does not say may attach one later, as `ctr run --cni` does.
-                networks.unwrap_or(1)
+                None
             }
         };
-        let queue_pairs = u16::try_from(vcpus.clamp(1, MOST_QUEUE_PAIRS)).unwrap_or(1);
+        let (count, queue_pairs) = shape(found, networks, vcpus);
         let mut cards = Cards::default();
-        for tap in wiring.make_cards(count.min(MOST_CARDS), queue_pairs)? {
+        for tap in wiring.make_cards(count, queue_pairs)? {
             cards.nics.push(Nic { mac: tap.mac.0, queue_pairs });
             cards.taps.extend(tap.queues);
         }
@@ -236,6 +235,14 @@ impl Network {
     }
 }
 
+/// How many cards a VM with so many vCPUs has, and queue pairs for each: `found` links are in a namespace that others
+/// made; into a new one a client wants to put those of so many `networks`, where it says.
+fn shape(found: Option<usize>, networks: Option<usize>, vcpus: u32) -> (usize, u16) {
+    // Whoever does not say may attach one later, as `ctr run --cni` does.
+    let cards = found.or(networks).unwrap_or(1).min(MOST_CARDS);
+    (cards, u16::try_from(vcpus.clamp(1, MOST_QUEUE_PAIRS)).unwrap_or(1))
+}
+
 fn micros(begun: Instant) -> u64 {
     u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX)
 }
@@ -256,4 +263,135 @@ fn find(path: &Path) -> Result<Netns, Error> {
         return Err(Error::Container { path: path.to_owned() });
     }
     Ok(netns)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, os::fd::AsRawFd};
+
+    use serde_json::json;
+
+    use super::*;
+
+    /// A spec with this network namespace; a new one for an empty path.
+    fn spec(netns: &str) -> Spec {
+        let namespaces = json!([{ "type": "network", "path": netns }]);
+        serde_json::from_value(json!({ "ociVersion": "1.2.0", "linux": { "namespaces": namespaces } })).unwrap()
+    }
+
+    /// Where a namespace that has no name can be opened.
+    fn path_of(netns: &Netns) -> String {
+        format!("/proc/self/fd/{}", netns.as_fd().as_raw_fd())
+    }
+
+    fn is_root() -> bool {
+        let root = nix::unistd::geteuid().is_root();
+        if !root {
+            vz_tally::skip!("not root");
+        }
+        root
+    }
+
+    #[test]
+    fn a_vm_has_cards_for_the_links_that_are_there_or_will_be() {
+        let cards = |found, networks| shape(found, networks, 1).0;
+        assert_eq!(cards(None, None), 1);
+        assert_eq!(cards(None, Some(0)), 0);
+        assert_eq!(cards(None, Some(2)), 2);
+        // What is there counts, whatever was said.
+        assert_eq!(cards(Some(0), Some(3)), 0);
+        assert_eq!(cards(Some(3), None), 3);
+        assert_eq!((cards(Some(100), None), cards(None, Some(100))), (MOST_CARDS, MOST_CARDS));
+    }
+
+    #[test]
+    fn a_card_has_a_queue_pair_for_each_vcpu_up_to_a_limit() {
+        let pairs = |vcpus| shape(None, None, vcpus).1;
+        assert_eq!([0, 1, 2, 4, 5, u32::MAX].map(pairs), [1, 1, 2, 4, 4, 4]);
+    }
+
+    #[test]
+    fn a_namespace_that_a_vm_cannot_have_is_refused_by_its_path() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("file");
+        fs::write(&file, "").unwrap();
+        for path in [dir.path().join("none"), file, "/proc/self/ns/mnt".into()] {
+            let error = find(&path).unwrap_err();
+            assert!(matches!(&error, Error::Open { path: named, .. } if *named == path), "{error}");
+        }
+        let own = Path::new("/proc/thread-self/ns/net");
+        assert!(matches!(find(own), Err(Error::Host { path }) if path == own));
+        let linked = dir.path().join("link");
+        std::os::unix::fs::symlink(own, &linked).unwrap();
+        assert!(matches!(find(&linked), Err(Error::Host { .. })));
+    }
+
+    #[test]
+    fn a_namespace_of_a_process_is_somebodys_and_one_with_a_name_is_not() {
+        if !is_root() {
+            return;
+        }
+        let other = Netns::create().unwrap();
+        let path = path_of(&other);
+        assert!(matches!(find(Path::new(&path)), Err(Error::Container { .. })));
+        let dir = tempfile::tempdir().unwrap();
+        let named = dir.path().join("name");
+        std::os::unix::fs::symlink(&path, &named).unwrap();
+        assert!(find(&named).unwrap().is(&other));
+    }
+
+    #[test]
+    fn containers_of_a_sandbox_share_its_network() {
+        if !is_root() {
+            return;
+        }
+        let (network, cards) = Network::make(None, Some(0), 1).unwrap();
+        assert!(cards.nics.is_empty() && cards.taps.is_empty());
+        network.check(&spec("")).unwrap();
+        let own = network.with_netns(path_of);
+        network.check(&spec(&own)).unwrap();
+        let other = Netns::create().unwrap();
+        let other = path_of(&other);
+        assert!(matches!(network.check(&spec(&other)), Err(Error::Other { path }) if path == Path::new(&other)));
+        assert!(matches!(network.check(&spec("/none")), Err(Error::Open { path, .. }) if path == Path::new("/none")));
+        let hosts = serde_json::from_value(json!({ "ociVersion": "1.2.0", "linux": {} })).unwrap();
+        assert!(matches!(network.check(&hosts), Err(Error::Spec(_))));
+    }
+
+    #[tokio::test]
+    async fn the_guest_is_told_what_it_does_not_know_and_once() {
+        let told = Mutex::default();
+        let news = async |mtu| News {
+            told: told.lock().await,
+            network: vz_net::Network {
+                links: vec![vz_net::Link {
+                    name: "eth0".into(),
+                    card: vz_net::Mac([2; 6]),
+                    mac: vz_net::Mac([4; 6]),
+                    mtu,
+                    arp: true,
+                    addresses: Vec::new(),
+                }],
+                ..Default::default()
+            },
+        };
+        let first = news(1500).await;
+        let described: vz_net::Network = serde_json::from_slice(&first.description().unwrap()).unwrap();
+        assert_eq!(described, first.network);
+        // A guest that could not be told is told again.
+        drop(first);
+        let again = news(1500).await;
+        assert!(!again.description().unwrap().is_empty());
+        again.done();
+        assert!(news(1500).await.description().unwrap().is_empty());
+        assert!(!news(9000).await.description().unwrap().is_empty());
+    }
+
+    #[test]
+    fn what_is_put_on_a_link_of_others_is_written_down_by_its_index_and_name() {
+        let Resource::Redirect { netns, index, link } = redirect(Path::new("/run/netns/x"), 7, "eth0") else {
+            panic!("another resource")
+        };
+        assert_eq!((netns.as_path(), index, link.as_str()), (Path::new("/run/netns/x"), 7, "eth0"));
+    }
 }

@@ -538,6 +538,133 @@ mod tests {
 
     const HARMLESS_FLAGS: u64 = libc::ST_NODEV | libc::ST_NOSUID | libc::ST_NOEXEC;
 
+    /// A share without a file system of its own: for what mounts nothing.
+    fn unmounted(path: &Path) -> Share {
+        let root = fs::File::open(path).unwrap().into();
+        let (places, watched, stages) = Default::default();
+        Share { path: path.to_owned(), root, places, watched, stages }
+    }
+
+    #[test]
+    fn a_container_has_one_directory_of_its_own_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let share = unmounted(dir.path());
+        for id in ["..", ".", "", "a/b", "/", "/a", "a/", "./a"] {
+            assert!(matches!(share.place(id), Err(Error::Id(named)) if named == id), "{id}");
+        }
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+        drop(share.place("...").unwrap());
+        drop(share.place("a b").unwrap());
+        assert!(dir.path().join("...").is_dir() && dir.path().join("a b").is_dir());
+        for id in ["...", "a b"] {
+            share.remove(id).unwrap();
+        }
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+        share.remove("a b").unwrap();
+    }
+
+    #[test]
+    fn a_place_that_is_a_link_is_neither_used_nor_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, host) = (dir.path().join("share"), dir.path().join("host"));
+        for path in [&path, &host] {
+            fs::create_dir(path).unwrap();
+        }
+        fs::write(host.join("mount0"), "kept").unwrap();
+        symlink(&host, path.join("c1")).unwrap();
+        let share = unmounted(&path);
+        assert!(matches!(share.place("c1"), Err(Error::Path { action: "open", .. })));
+        assert!(matches!(share.remove("c1"), Err(Error::Path { action: "open", .. })));
+        assert_eq!(fs::read_to_string(host.join("mount0")).unwrap(), "kept");
+    }
+
+    #[test]
+    fn a_removed_container_has_no_place_for_what_comes_late() {
+        let dir = tempfile::tempdir().unwrap();
+        let share = unmounted(dir.path());
+        let place = share.place("c1").unwrap();
+        assert!(matches!(&*lock(&place.live), Live::Yes(volumes) if volumes.is_empty()));
+        assert!(!share.has_followers());
+        share.remove("c1").unwrap();
+        assert!(matches!(&*lock(&place.live), Live::No));
+        // A later one of this name is another one.
+        let later = share.place("c1").unwrap();
+        assert!(matches!(&*lock(&later.live), Live::Yes(_)));
+        assert!(matches!(&*lock(&place.live), Live::No));
+    }
+
+    #[test]
+    fn the_hosts_mounts_are_followed_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let share = unmounted(dir.path());
+        assert_eq!([(); 3].map(|()| share.claim_watch()), [true, false, false]);
+    }
+
+    #[test]
+    fn layers_are_split_where_overlayfs_splits_them() {
+        let split = |lower: &str| -> Vec<String> {
+            split_layers(lower).into_iter().map(|layer| layer.display().to_string()).collect()
+        };
+        assert_eq!(split("/a"), ["/a"]);
+        assert_eq!(split("/a:/b:/c"), ["/a", "/b", "/c"]);
+        assert_eq!(split(r"/a\:b:/c"), ["/a:b", "/c"]);
+        assert_eq!(split(r"/a\\:/b"), [r"/a\", "/b"]);
+        assert_eq!(split(r"/a\"), ["/a"]);
+        assert_eq!(split("/ä:/b c"), ["/ä", "/b c"]);
+    }
+
+    /// An overlay of `count` layers below `dir`, which makes those of them that `made` names.
+    fn overlay(dir: &Path, count: usize, made: impl Fn(usize) -> bool) -> Mount {
+        let mut lower = Vec::new();
+        for n in 0..count {
+            let layer = dir.join(format!("{n}-{}", "y".repeat(150)));
+            if made(n) {
+                fs::create_dir_all(&layer).unwrap();
+                fs::write(layer.join("number"), n.to_string()).unwrap();
+            }
+            lower.push(layer.display().to_string());
+        }
+        let options = ["index=off".into(), format!("lowerdir={}", lower.join(":")), "upperdir=/u".into()];
+        Mount { type_: "overlay".into(), options: options.into(), ..Default::default() }
+    }
+
+    #[test]
+    fn options_that_fit_or_are_not_an_overlays_stay_as_they_are() {
+        let dir = tempfile::tempdir().unwrap();
+        // None of the layers is there: nobody looks.
+        let short = overlay(dir.path(), 2, |_| false);
+        let long = Mount { type_: "other".into(), ..overlay(dir.path(), 60, |_| false) };
+        for mount in [short, long] {
+            let (options, layers) = within_a_page(&mount).unwrap();
+            assert_eq!((options, layers.len()), (mount.options, 0));
+        }
+    }
+
+    #[test]
+    fn long_options_name_the_same_layers_in_their_order_by_descriptors() {
+        let dir = tempfile::tempdir().unwrap();
+        let (options, layers) = within_a_page(&overlay(dir.path(), 60, |_| true)).unwrap();
+        assert_eq!((options[0].as_str(), options[2].as_str(), options.len()), ("index=off", "upperdir=/u", 3));
+        assert!(options.iter().map(|option| option.len() + 1).sum::<usize>() <= MOST_OPTIONS);
+        let lower = split_layers(options[1].strip_prefix("lowerdir=").unwrap());
+        assert_eq!((lower.len(), layers.len()), (60, 60));
+        for (n, layer) in lower.iter().enumerate() {
+            assert_eq!(fs::read_to_string(layer.join("number")).unwrap(), n.to_string());
+        }
+    }
+
+    #[test]
+    fn layers_that_are_too_many_or_missing_are_said() {
+        let dir = tempfile::tempdir().unwrap();
+        let error = within_a_page(&overlay(dir.path(), 60, |n| n != 7)).unwrap_err();
+        let Error::Path { action: "open layer", path, source } = error else { panic!("{error}") };
+        assert!(path.starts_with(dir.path().join(format!("7-{}", "y".repeat(150)))), "{}", path.display());
+        assert_eq!(source.kind(), io::ErrorKind::NotFound);
+        let mut many = overlay(dir.path(), 1, |_| true);
+        many.options.push("x".repeat(MOST_OPTIONS));
+        assert!(matches!(within_a_page(&many), Err(Error::Options(length)) if length > MOST_OPTIONS));
+    }
+
     #[test]
     fn what_is_shared_is_harmless_and_goes_with_its_container() {
         in_a_namespace(|path| {

@@ -19,6 +19,7 @@ use vz_sys::{error::chain, process::Identity};
 
 use super::{
     cgroup,
+    hooks::{self, Launch},
     journal::{self, Resource, SHIM},
     socket,
 };
@@ -28,7 +29,7 @@ const HOOK_DEADLINE: Duration = Duration::from_secs(3);
 /// How long one thing may take to be gone before the next one's turn.
 const EACH: Duration = Duration::from_secs(1);
 /// How long everything may take that is slow.
-const DEADLINE: Duration = Duration::from_secs(10);
+pub const DEADLINE: Duration = Duration::from_secs(10);
 
 /// Why something could not be taken away.
 #[derive(Debug, thiserror::Error)]
@@ -85,11 +86,45 @@ impl fmt::Display for Failures {
 /// no error. What cannot be taken away keeps nothing else: the error names all of it, and the journal keeps it for the
 /// next try.
 pub fn unwind(dir: &Path, poststop: impl FnMut(&str, &Path)) -> Result<(), Error> {
-    unwind_within(DEADLINE, dir, poststop)
+    replay(DEADLINE, dir, poststop)
 }
 
-/// The same, with another time for everything that is slow.
-pub fn unwind_within(time: Duration, dir: &Path, mut poststop: impl FnMut(&str, &Path)) -> Result<(), Error> {
+/// What an unwinding has come to.
+#[derive(Debug)]
+pub struct Unwound {
+    /// What is left.
+    pub result: Result<(), Error>,
+    /// The hooks that run now.
+    pub due: Due,
+}
+
+/// Containers whose poststop hooks are due, and their bundles.
+#[derive(Debug, Default)]
+#[must_use = "nobody else runs these hooks"]
+pub struct Due(Vec<(String, PathBuf)>);
+
+impl Due {
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Runs them. The journal that had them has been replayed.
+    pub async fn run(self, launch: &Launch) {
+        for (id, bundle) in self.0 {
+            hooks::poststop(&id, &bundle, None, launch).await;
+        }
+    }
+}
+
+/// Unwinds the sandbox in `dir`, with another time for everything that is slow, and hands over the hooks that are due.
+pub fn unwind_within(time: Duration, dir: &Path) -> Unwound {
+    let mut due = Due::default();
+    let result = replay(time, dir, |id, bundle| due.0.push((id.to_owned(), bundle.to_owned())));
+    Unwound { result, due }
+}
+
+fn replay(time: Duration, dir: &Path, mut poststop: impl FnMut(&str, &Path)) -> Result<(), Error> {
     let end = Instant::now() + time;
     let mut failures = Vec::new();
     // A shim that lives would go on: make things that are not in the journal yet, and run the hooks of what fails.
@@ -266,6 +301,25 @@ mod tests {
         assert!(!child.wait().unwrap().success());
         assert!(!dir.exists() && !socket.exists() && !root.path().join("default").exists());
         unwind(&dir, |_, _| panic!("nothing is left")).unwrap();
+    }
+
+    #[tokio::test]
+    async fn hooks_that_are_due_run_once_all_else_is_gone() {
+        let root = tempfile::tempdir().unwrap();
+        let (dir, bundle, done) = (root.path().join("ns/c1"), root.path().join("bundle"), root.path().join("done"));
+        let journal = Journal::create(&dir).unwrap();
+        fs::create_dir(&bundle).unwrap();
+        let script = format!("test ! -e {} && touch {}", dir.display(), done.display());
+        let hooks = serde_json::json!({ "poststop": [{ "path": "/bin/sh", "args": ["sh", "-c", script] }] });
+        let spec = serde_json::json!({ "ociVersion": "1.2.0", "root": { "path": "rootfs" }, "hooks": hooks });
+        fs::write(bundle.join("config.json"), spec.to_string()).unwrap();
+        journal.made(Resource::Poststop { id: "c1".into(), bundle: bundle.clone() }).unwrap();
+        let Unwound { result, due } = unwind_within(DEADLINE, &dir);
+        result.unwrap();
+        assert!(!due.is_empty() && !done.exists());
+        due.run(&Launch { surroundings: None, limit: Duration::from_secs(60) }).await;
+        assert!(done.exists());
+        assert!(unwind_within(DEADLINE, &dir).due.is_empty());
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! Why a sandbox cannot be had.
 
-use crate::{guest, host, spec};
+use crate::{guest, host, parts::from_parts, spec};
 
 /// A sandbox cannot be prepared.
 #[derive(Debug, thiserror::Error)]
@@ -23,17 +23,6 @@ pub enum Error {
     /// The guest's side.
     #[error(transparent)]
     Guest(#[from] guest::Error),
-}
-
-/// So that each part of both sides can be used with `?`.
-macro_rules! from_parts {
-    ($side:ident: $($part:ty),*) => {
-        $(impl From<$part> for Error {
-            fn from(error: $part) -> Self {
-                Self::$side(error.into())
-            }
-        })*
-    };
 }
 
 from_parts!(

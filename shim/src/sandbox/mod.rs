@@ -19,7 +19,12 @@ use vz_sys::{error::chain, sync::lock};
 use crate::{
     container::{self, Container, Exit, Lent, Process, State, create, peers::Peers},
     events::Publisher,
-    host::{self, cgroup::Cgroup, disks::Disk, hooks, unwind},
+    host::{
+        self,
+        cgroup::Cgroup,
+        disks::Disk,
+        unwind::{self, Unwound},
+    },
 };
 
 pub mod error;
@@ -94,9 +99,9 @@ impl Sandbox {
     pub async fn create(self: &Arc<Self>, request: &CreateTaskRequest) -> Result<Arc<Container>, container::Error> {
         let id = &request.id;
         self.reserve(id)?;
-        let (container, spec) = match create::on_host(&self.lent_to(id), request, self.disks_of(id), self.peers()).await
-        {
-            Ok((container, spec)) => (Arc::new(container), spec),
+        let made = create::on_host(&self.lent_to(id), request, self.disks_of(id), self.peers()).await;
+        let (container, spec) = match made {
+            Ok(made) => made,
             Err(error) => {
                 self.remove(id);
                 return Err(error);
@@ -184,21 +189,15 @@ impl Sandbox {
         self.lent.guest.end().await;
         let dir = self.lent.host.journal.path().to_owned();
         // On a thread: processes and cgroups are waited for.
-        let unwinding = tokio::task::spawn_blocking(move || {
-            let mut bundles = Vec::new();
-            let unwound = unwind::unwind(&dir, |id, bundle| bundles.push((id.to_owned(), bundle.to_owned())));
-            (bundles, unwound)
-        });
-        let (bundles, unwound) = match unwinding.await {
-            Ok(done) => done,
+        let unwinding = tokio::task::spawn_blocking(move || unwind::unwind_within(unwind::DEADLINE, &dir));
+        let Unwound { result, due } = match unwinding.await {
+            Ok(unwound) => unwound,
             Err(error) => return tracing::error!(%error, "clean up"),
         };
-        if let Err(error) = unwound {
+        if let Err(error) = result {
             tracing::error!(error = chain(&error), "clean up");
         }
-        for (id, bundle) in bundles {
-            hooks::poststop(&id, &bundle, None, &self.lent.host.hooks).await;
-        }
+        due.run(&self.lent.host.hooks).await;
     }
 
     /// Takes an id for a container that is about to be made.

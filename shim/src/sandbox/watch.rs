@@ -198,7 +198,6 @@ impl Watch {
         }
         match ended.ok().map(|ended| ended.cause) {
             _ if is_ending => tracing::debug!("vm has ended"),
-            Some(Cause::Killed) => tracing::info!(why, "vm has ended"),
             // Nobody here asked for it, and its containers are gone.
             Some(Cause::Shutdown) => tracing::warn!(why, "vm has ended"),
             cause => tracing::error!(?cause, why, "vm has ended"),

@@ -130,6 +130,84 @@ mod tests {
     }
 
     #[test]
+    fn what_the_client_asked_for_wrongly_is_told_apart_from_what_failed() {
+        use std::{io, path::PathBuf};
+
+        use crate::{
+            container::{copyup, stdio},
+            host::{network, offload, oom},
+            spec,
+        };
+        let path = || PathBuf::from("/dev/x");
+        let missing = || spec::Error::Missing("linux");
+        let invalid: [Container; 7] = [
+            Container::Invalid("no process".into()),
+            missing().into(),
+            disks::Error::Missing { path: path(), major: 8, minor: 0 }.into(),
+            disks::Error::Late { path: path() }.into(),
+            cgroup::Error::Path("a:b".into()).into(),
+            network::Error::from(missing()).into(),
+            Guest::TooLarge { what: "exec", bytes: 9, most: 8 }.into(),
+        ];
+        for error in invalid {
+            let said = error.to_string();
+            assert_eq!(code(error), Code::INVALID_ARGUMENT, "{said}");
+        }
+        let process = serde_json::json!({ "cwd": "/", "user": { "uid": 0, "gid": 0 }, "oomScoreAdj": 9999 });
+        let score = serde_json::from_value(serde_json::json!({ "ociVersion": "1.2.0", "process": process })).unwrap();
+        assert_eq!(code(oom::Score::of(&score).unwrap_err()), Code::INVALID_ARGUMENT);
+        let failed = || io::Error::other("no memory");
+        let unknown: [Container; 6] = [
+            copyup::Error::Files("/run".into()).into(),
+            stdio::Error::Scheme { uri: "x://".into(), scheme: "x".into() }.into(),
+            disks::Error::Open { path: path(), source: failed() }.into(),
+            network::Error::Create(failed()).into(),
+            offload::Error::Thread(failed()).into(),
+            Guest::Vmm(vz_machine::client::Error::Gone.into()).into(),
+        ];
+        for error in unknown {
+            let said = error.to_string();
+            assert_eq!(code(error), Code::UNKNOWN, "{said}");
+        }
+    }
+
+    #[test]
+    fn what_may_pass_by_itself_is_told_apart_too() {
+        use crate::host::offload;
+        let after = Duration::from_secs(4);
+        let stuck = || offload::Error::Stuck { what: "look at /net".into(), seconds: 4 };
+        assert_eq!(code(stuck()), Code::DEADLINE_EXCEEDED);
+        assert_eq!(code(Guest::Host(stuck().into())), Code::DEADLINE_EXCEEDED);
+        assert_eq!(code(Container::Unreported { after }), Code::DEADLINE_EXCEEDED);
+        let unconfirmed = Container::Unconfirmed { what: "exec", id: "x".into(), after };
+        assert_eq!(code(unconfirmed), Code::DEADLINE_EXCEEDED);
+        assert_eq!(code(offload::Error::Panicked("mount".into())), Code::UNAVAILABLE);
+        assert_eq!(code(disks::Error::Busy { path: "/dev/x".into() }), Code::FAILED_PRECONDITION);
+        assert_eq!(code(Guest::Busy { what: "exec", most: 8 }), Code::RESOURCE_EXHAUSTED);
+    }
+
+    #[test]
+    fn a_refusal_of_the_agent_keeps_its_code_and_words() {
+        for refused in [Code::NOT_FOUND, Code::FAILED_PRECONDITION, Code::INTERNAL] {
+            let error = Error::from(Container::from(Guest::Refused { code: refused, message: "no such thing".into() }));
+            let ttrpc::Error::RpcStatus(status) = error.to_ttrpc() else { panic!("{error}") };
+            assert_eq!((status.code(), status.message.as_str()), (refused, "no such thing"));
+        }
+    }
+
+    #[test]
+    fn only_what_is_gone_is_expected() {
+        let gone = |error: Container| Error::from(error).is_gone();
+        assert!(gone(Container::Finished));
+        assert!(gone(Container::NotFound { what: "exec", id: "x".into() }));
+        assert_eq!(code(Container::NotFound { what: "exec", id: "x".into() }), Code::NOT_FOUND);
+        assert!(!gone(Container::Invalid("x".into())));
+        // The agent does not know what the shim knows: somebody is wrong.
+        assert!(!gone(Guest::Refused { code: Code::NOT_FOUND, message: "x".into() }.into()));
+        assert!(!Error::Unimplemented("checkpoint").is_gone());
+    }
+
+    #[test]
     fn a_chain_says_each_cause_once() {
         let error = crate::host::anchor::Error::Spawn(std::io::Error::other("no memory"));
         assert_eq!(chain(&Error::from(Container::from(error))), "start anchor process: no memory");

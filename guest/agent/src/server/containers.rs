@@ -158,7 +158,7 @@ impl Agent {
                     Err(e) => tracing::error!(container = key.container, exec = key.exec, "attach terminal: {e}"),
                 }
             } else if stream == Stream::Stdin {
-                tokio::spawn(stdio::input(ends, process.close_stdin.subscribe(), link, key.clone()));
+                tokio::spawn(stdio::input(ends, link, key.clone()));
             } else {
                 tokio::spawn(stdio::output(ends, stream, link, key.clone()));
             }

@@ -149,10 +149,4 @@ impl Agent {
         let cells = |n: u32| u16::try_from(n).unwrap_or(u16::MAX);
         vz_sys::tty::set_size(&*terminal, cells(columns), cells(rows)).map_err(CallError::io("resize terminal"))
     }
-
-    /// Has a process's stdin closed once what has arrived is written.
-    pub fn close_stdin(&self, container: &str, exec: &str) -> Result<()> {
-        self.state().process(container, exec)?.close_stdin.send_replace(true);
-        Ok(())
-    }
 }

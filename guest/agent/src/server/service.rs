@@ -98,11 +98,6 @@ impl Contract for Service {
         Ok(Empty::new())
     }
 
-    async fn close_stdin(&self, _: &TtrpcContext, r: ProcessRequest) -> Result<Empty> {
-        self.0.close_stdin(&r.container_id, &r.exec_id)?;
-        Ok(Empty::new())
-    }
-
     async fn delete_process(&self, _: &TtrpcContext, r: ProcessRequest) -> Result<WaitProcessResponse> {
         if r.exec_id.is_empty() {
             return Ok(waited(whole(self.agent().delete(r.container_id)).await?));

@@ -61,13 +61,11 @@ pub struct Process {
     pub exit: watch::Sender<Option<Exit>>,
     /// Its terminal, where it has one.
     pub terminal: Option<Terminal>,
-    /// Set to have its stdin closed once what has arrived is written.
-    pub close_stdin: watch::Sender<bool>,
 }
 
 impl Default for Process {
     fn default() -> Self {
-        Self { pid: 0, exit: watch::Sender::new(None), terminal: None, close_stdin: watch::Sender::new(false) }
+        Self { pid: 0, exit: watch::Sender::new(None), terminal: None }
     }
 }
 

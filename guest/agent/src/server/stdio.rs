@@ -43,12 +43,11 @@ pub fn asynchronous(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
     readiness::register(fd)
 }
 
-/// Host to process, until the host half-closes or the process has closed its end, or `close` says so and all that has
-/// arrived is written.
-pub async fn input(ends: Ends, mut close: watch::Receiver<bool>, link: Arc<Link>, key: Key) {
+/// Host to process, until the host half-closes or the process has closed its end.
+pub async fn input(ends: Ends, link: Arc<Link>, key: Key) {
     let copied = async {
         let (host, process) = (asynchronous(ends.host)?, asynchronous(ends.process)?);
-        let ended = copy(&host, &process, Some(&mut close)).await;
+        let ended = copy(&host, &process).await;
         if matches!(&ended, Err(e) if e.kind() == io::ErrorKind::BrokenPipe) {
             // Nobody will read on: let the host know.
             let _ = shutdown_fd(&host, Shutdown::Read);
@@ -63,7 +62,7 @@ pub async fn input(ends: Ends, mut close: watch::Receiver<bool>, link: Arc<Link>
 pub async fn output(ends: Ends, stream: Stream, link: Arc<Link>, key: Key) {
     let copied = async {
         let (process, host) = (asynchronous(ends.process)?, asynchronous(ends.host)?);
-        let sent = copy(&process, &host, None).await;
+        let sent = copy(&process, &host).await;
         if sent.is_ok() {
             return shutdown_fd(&host, Shutdown::Write);
         }
@@ -130,13 +129,8 @@ fn shutdown_fd(fd: &AsyncFd<OwnedFd>, how: Shutdown) -> io::Result<()> {
 }
 
 /// Splices until the source ends. One of the two is a pipe.
-async fn copy(
-    from: &AsyncFd<OwnedFd>,
-    to: &AsyncFd<OwnedFd>,
-    mut close: Option<&mut watch::Receiver<bool>>,
-) -> io::Result<()> {
+async fn copy(from: &AsyncFd<OwnedFd>, to: &AsyncFd<OwnedFd>) -> io::Result<()> {
     let flags = SpliceFFlags::SPLICE_F_MOVE | SpliceFFlags::SPLICE_F_NONBLOCK;
-    let mut closing = false;
     loop {
         match splice(from, None, to, None, CHUNK, flags) {
             Ok(0) => return Ok(()),
@@ -145,15 +139,7 @@ async fn copy(
             // Either side may be meant, so both are waited for.
             Err(Errno::EAGAIN) => {
                 until_ready(to, Interest::WRITABLE).await?;
-                match &mut close {
-                    Some(_) if closing && !is_ready(from, PollFlags::POLLIN)? => return Ok(()),
-                    Some(close) if !closing => tokio::select! {
-                        ready = until_ready(from, Interest::READABLE) => ready?,
-                        // The sender lives as long as the process is known.
-                        _ = close.wait_for(|close| *close) => closing = true,
-                    },
-                    _ => until_ready(from, Interest::READABLE).await?,
-                }
+                until_ready(from, Interest::READABLE).await?;
             }
             Err(e) => return Err(e.into()),
         }
@@ -267,25 +253,10 @@ mod tests {
         let (reader, process) = nix::unistd::pipe2(OFlag::O_CLOEXEC).unwrap();
         near.write_all(b"all of it").unwrap();
         near.shutdown(std::net::Shutdown::Write).unwrap();
-        let (_close, closing) = watch::channel(false);
-        input(Ends { host: host.into(), process }, closing, link, key()).await;
+        input(Ends { host: host.into(), process }, link, key()).await;
         let mut got = String::new();
         File::from(reader).read_to_string(&mut got).unwrap();
         assert_eq!(got, "all of it");
-    }
-
-    #[tokio::test]
-    async fn closing_stdin_writes_first_what_has_arrived() {
-        let (link, _init) = link();
-        let (mut near, host) = UnixStream::pair().unwrap();
-        let (reader, process) = nix::unistd::pipe2(OFlag::O_CLOEXEC).unwrap();
-        near.write_all(b"typed").unwrap();
-        let (close, closing) = watch::channel(true);
-        input(Ends { host: host.into(), process }, closing, link, key()).await;
-        drop(close);
-        let mut got = String::new();
-        File::from(reader).read_to_string(&mut got).unwrap();
-        assert_eq!(got, "typed");
     }
 
     /// Each byte arrives while the copy is about to sleep, and the pipe is never full.
@@ -294,7 +265,6 @@ mod tests {
         let (link, _init) = link();
         let (mut near, host) = UnixStream::pair().unwrap();
         let (reader, process) = nix::unistd::pipe2(OFlag::O_CLOEXEC).unwrap();
-        let (_close, closing) = watch::channel(false);
         let passed = tokio::task::spawn_blocking(move || {
             let mut reader = File::from(reader);
             for n in 0..20_000u32 {
@@ -305,7 +275,7 @@ mod tests {
                 assert_eq!(got, [byte]);
             }
         });
-        input(Ends { host: host.into(), process }, closing, link, key()).await;
+        input(Ends { host: host.into(), process }, link, key()).await;
         passed.await.unwrap();
     }
 

@@ -140,7 +140,6 @@ struct Started {
     machine: Box<dyn Machine>,
     vsock: vz_virtio::vsock::Handle,
     console: Console,
-    host_pid: Option<i32>,
     cpu_us: u64,
 }
 
@@ -153,7 +152,6 @@ fn start(config: &BootConfig, files: Vec<OwnedFd>, alarm: Alarm) -> Result<Start
     // QEMU first: it starts while we go on, and waits for its devices.
     let mut machine = launch(config, &bundle, files)?;
     drop(bundle);
-    let host_pid = machine.pid().and_then(|_| pid_outside(machine.as_ref()));
     let proc_self_fd = vz_jail::enter_root(&config.share)?;
     vz_jail::restrict(if config.report_denied_calls { Denied::Report } else { Denied::Kill })?;
     let share = ShareRoot { path: "/".into(), proc_self_fd, nofile };
@@ -161,14 +159,7 @@ fn start(config: &BootConfig, files: Vec<OwnedFd>, alarm: Alarm) -> Result<Start
     machine.serve(devices, alarm).map_err(StartError::Launch)?;
     // The last to do so: the threads that were started got what this one had.
     vz_jail::enter(Role::Main)?;
-    Ok(Started { machine, vsock, console, host_pid, cpu_us: cpu_us() })
-}
-
-/// The machine's pid where this process was started from: what `/proc`, which is of there, says about its pidfd.
-fn pid_outside(machine: &dyn Machine) -> Option<i32> {
-    use std::os::fd::AsRawFd;
-    let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", machine.ended().as_raw_fd())).ok()?;
-    info.lines().find_map(|line| line.strip_prefix("Pid:"))?.trim().parse().ok()
+    Ok(Started { machine, vsock, console, cpu_us: cpu_us() })
 }
 
 /// CPU time that this process has used.

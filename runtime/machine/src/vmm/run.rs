@@ -60,10 +60,10 @@ impl Loop {
         failures: Failures,
         mut outbox: Outbox,
     ) -> io::Result<Self> {
-        let Started { mut machine, vsock, console, host_pid, cpu_us } = started;
+        let Started { mut machine, vsock, console, cpu_us } = started;
         let kind = machine.kind();
         tracing::info!(machine = ?kind, cpu_us, "launched");
-        outbox.push(Event::Launched { machine: kind, qemu_pid: host_pid, cpu_us }, None);
+        outbox.push(Event::Launched { machine: kind, cpu_us }, None);
         let outputs = machine.outputs();
         for fd in outputs.console.iter().chain(&outputs.complaints) {
             set_nonblocking(fd, true)?;
@@ -184,7 +184,6 @@ impl Loop {
                     }
                     self.vsock.dial(id, port);
                 }
-                Request::Kill => self.end(Cause::Killed, "killed at the shim's request".into(), Duration::ZERO),
             }
         }
     }
@@ -244,15 +243,9 @@ impl Loop {
     fn end(&mut self, cause: Cause, message: String, grace: Duration) {
         self.boot_deadline = None;
         let at = Instant::now().checked_add(grace).unwrap_or_else(Instant::now);
-        match &mut self.verdict {
+        match &self.verdict {
             None => self.verdict = Some((Verdict { cause, message }, at)),
-            Some((verdict, killed_at)) => {
-                if cause != Cause::Killed {
-                    tracing::info!("while the machine ends: {message}");
-                } else if verdict.cause != Cause::Killed {
-                    *killed_at = at;
-                }
-            }
+            Some(_) => tracing::info!("while the machine ends: {message}"),
         }
     }
 

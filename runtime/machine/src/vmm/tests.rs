@@ -31,9 +31,6 @@ impl Machine for Fake {
     fn kind(&self) -> MachineKind {
         MachineKind::Qemu
     }
-    fn pid(&self) -> Option<i32> {
-        None
-    }
     fn outputs(&mut self) -> Outputs {
         std::mem::take(&mut self.outputs)
     }
@@ -97,13 +94,7 @@ fn rig(exit: Exit, deadline_ms: u64) -> Rig {
     let machine = Box::new(Fake { ended, line: Arc::clone(&line), outputs, exit });
     let (vsock, handle) = Vsock::new(3, [1024]).unwrap();
     let (failures, alarm) = Failures::new().unwrap();
-    let started = Started {
-        machine,
-        vsock: handle,
-        console: Console::create(dir.path(), 10_000).unwrap(),
-        host_pid: Some(7),
-        cpu_us: 5,
-    };
+    let started = Started { machine, vsock: handle, console: Console::create(dir.path(), 10_000).unwrap(), cpu_us: 5 };
     let looped = run::Loop::new(&config(deadline_ms), started, failures, Outbox::new(ours)).unwrap();
     let thread = std::thread::spawn(move || {
         // Its wake-up is a descriptor of the device.
@@ -119,7 +110,7 @@ impl Rig {
     }
 
     fn ended(self) -> Ended {
-        let launched = Event::Launched { machine: MachineKind::Qemu, qemu_pid: Some(7), cpu_us: 5 };
+        let launched = Event::Launched { machine: MachineKind::Qemu, cpu_us: 5 };
         assert_eq!(self.event(), launched);
         // A dial may have been answered in between.
         loop {
@@ -178,14 +169,6 @@ fn a_guest_that_does_not_connect() {
     let ended = rig.ended();
     assert_eq!((ended.cause, ended.console.as_str()), (Cause::BootTimeout, "stuck"));
     assert!(ended.message.contains("did not connect within 0.1 s"), "{}", ended.message);
-}
-
-#[test]
-fn a_shim_that_wants_it_dead() {
-    let rig = rig(Exit::Failed("QEMU was killed by SIGKILL".into()), 60_000);
-    control::send(&rig.shim, &Request::Kill, &[]).unwrap();
-    let ended = rig.ended();
-    assert_eq!((ended.cause, ended.message.as_str()), (Cause::Killed, "killed at the shim's request"));
 }
 
 #[test]

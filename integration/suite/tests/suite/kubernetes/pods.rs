@@ -191,7 +191,9 @@ fn limits_change_while_a_container_runs(lab: &Lab) -> Verdict {
         lab.crictl(&["update", "--memory", &more, "--cpu-quota", &quota, "--cpu-period", "100000", &id]).run().ok();
         assert_eq!(figures(), format!("{more}\n80000 100000"));
         let huge = (1_u64 << 40).to_string();
-        lab.crictl(&["update", "--memory", &huge, &id]).run().fails_with(&["memory limit of 1048576 MiB", "vm.memory_mib"]);
+        lab.crictl(&["update", "--memory", &huge, &id])
+            .run()
+            .fails_with(&["memory limit of 1048576 MiB", "vm.memory_mib"]);
         assert_eq!(figures(), format!("{more}\n80000 100000"));
         Ok(())
     })
