@@ -78,6 +78,6 @@ fuzz: ## Fuzz everything that parses what a guest says (FUZZ_SECONDS=60 each, FU
 	@mk/fuzz $(FUZZ_TARGETS)
 
 .PHONY: test-cri
-test-cri: ## CRI's conformance tests with pods of vz, needs root (MODE=podsandbox, shim or runc; CRI_OPTIONS=--parallel=2)
+test-cri: ## CRI's conformance tests with pods of vz, needs root (MODE=shim, MODE=runc, CRI_OPTIONS=--parallel=2)
 test-cri: build bundle
 	@integration/cri $(or $(MODE),podsandbox) $(CRI_OPTIONS)

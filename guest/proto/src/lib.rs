@@ -58,8 +58,8 @@ pub const DISK_PATH: &str = "/dev/disk/by-id/virtio-";
 /// The network namespace that all containers of a VM share. It is not the agent's own, so that nothing that a container
 /// does to its network can cut the agent off.
 pub const NETNS_PATH: &str = "/run/vz/netns";
-/// A namespace of another container as a spec's namespace path: this, the container's id, and the name that it has below
-/// /proc/PID/ns.
+/// A namespace of another container as a spec's namespace path: this, the container's id, and the namespace's name
+/// below /proc/PID/ns.
 pub const NAMESPACES_PATH: &str = "/run/vz/ns";
 /// Annotation of a spec whose container only keeps a pod's namespaces: it has no program, the agent is it.
 pub const PAUSE_ANNOTATION: &str = "io.containerd.vz.internal/pause";

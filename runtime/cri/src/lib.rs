@@ -1,6 +1,7 @@
 //! What containerd's CRI plugin tells a sandbox of its pod: the options of `CreateSandbox`.
 //!
-//! The messages are a part of the Container Runtime Interface, version 1, with its field numbers; see `proto/cri.proto`.
+//! The messages are a part of the Container Runtime Interface, version 1, with its field numbers. See
+//! `proto/cri.proto`.
 
 /// Generated messages.
 #[allow(missing_debug_implementations, unused_qualifications, clippy::all, clippy::pedantic, clippy::restriction)]
