@@ -190,8 +190,8 @@ impl Container {
         Error::State { what, id: id.clone(), state: process.state().name(), wanted }
     }
 
-    /// Its metrics, in containerd's form, until it is deleted: CRI asks a container that has ended whether the kernel has
-    /// killed it for want of memory.
+    /// Its metrics, in containerd's form, until it is deleted: CRI asks a container that has ended whether the kernel
+    /// has killed it for want of memory.
     pub async fn stats(&self) -> Result<Vec<u8>, Error> {
         Ok(self.lent.guest.agent.stats(&self.id).await?)
     }

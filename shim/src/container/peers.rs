@@ -1,7 +1,7 @@
 //! The other containers of a sandbox, as a spec names them: by the namespaces of their tasks' pids on the host.
 //!
-//! A pod's containers join the network, IPC, UTS and PID namespaces of the pause container, and an ephemeral one the PID
-//! namespace of another container. The host's namespaces mean nothing to the guest: the guest joins those of the
+//! A pod's containers join the network, IPC, UTS and PID namespaces of the pause container, and an ephemeral one the
+//! PID namespace of another container. The host's namespaces mean nothing to the guest: the guest joins those of the
 //! container whose pid it is.
 
 use std::{

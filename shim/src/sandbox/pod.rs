@@ -1,8 +1,8 @@
 //! A pod that containerd describes instead of giving it a pause container: the Sandbox API's way.
 //!
 //! The sandbox makes a pause container of its own out of the description. It keeps the pod's namespaces and has no
-//! program; containerd knows it as the sandbox only. What containerd makes for a pause container of its own is made here
-//! too: hosts, resolv.conf and hostname, which the pod's containers get where they bring none.
+//! program. containerd knows it as the sandbox only. The sandbox also makes hosts, resolv.conf and hostname, which the
+//! pod's containers get where they bring none; in the other way containerd does.
 
 use std::{
     collections::HashMap,
@@ -148,8 +148,8 @@ impl Pod {
         serde_json::from_value(value).map_err(|e| Error::Options(e.to_string()))
     }
 
-    /// Makes the pause container's bundle out of containerd's for the sandbox, which has no spec and no root file system.
-    /// The files that the pod's containers get.
+    /// Makes the pause container's bundle out of containerd's for the sandbox, which has neither spec nor root file
+    /// system. Returns the files that the pod's containers get.
     pub fn make_bundle(&self, bundle: &Path, id: &str) -> Result<PodFiles, Error> {
         let failed = |path: &Path| {
             let path = path.to_owned();
