@@ -1,4 +1,10 @@
 //! The adapter: vhost-user's view of a device on one side, [`Backend`] on the other.
+//!
+//! Neither side's notifications are suppressed. Suppression needs a full memory barrier on both sides, between what one
+//! side writes and what it reads then of the other's. Under QEMU's emulation with a single thread the guest has none:
+//! `xchg` and `mfence` become plain code. An interrupt that the device leaves out is then lost now and then, and the
+//! guest waits for ever. So VIRTIO_RING_F_EVENT_IDX is not offered, every buffer that is returned causes an interrupt,
+//! and [`vz_virtio`] never sets VRING_USED_F_NO_NOTIFY without that feature.
 
 use std::{
     cell::Cell,
@@ -13,10 +19,7 @@ use std::{
 
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use vhost_user_backend::{VhostUserBackend, VringMutex, VringT, bitmap::BitmapMmapRegion};
-use virtio_bindings::{
-    virtio_config::VIRTIO_F_VERSION_1,
-    virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC},
-};
+use virtio_bindings::{virtio_config::VIRTIO_F_VERSION_1, virtio_ring::VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::QueueT;
 use vm_memory::{GuestAddressSpace, GuestMemoryAtomic};
 use vmm_sys_util::epoll::EventSet;
@@ -69,7 +72,6 @@ impl Adapter {
         let features = first.backend.features()
             | 1 << VIRTIO_F_VERSION_1
             | 1 << VIRTIO_RING_F_INDIRECT_DESC
-            | 1 << VIRTIO_RING_F_EVENT_IDX
             | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
         let queue_size =
             workers.iter().flat_map(|worker| worker.backend.queue_sizes()).copied().max()?.max(MMIO_QUEUE_SIZE);
@@ -137,8 +139,7 @@ impl Adapter {
             Kicks::NONE
         });
         for (index, guard) in guards.iter_mut().enumerate() {
-            // Where the guest's wish cannot be read, it is interrupted once too often.
-            if kicks.contains(index) && guard.needs_notification().unwrap_or(true) {
+            if kicks.contains(index) {
                 guard
                     .signal_used_queue()
                     .map_err(|e| Failure::Thread { thread: thread.name.clone(), message: format!("interrupt: {e}") })?;
@@ -186,7 +187,7 @@ impl VhostUserBackend for Adapter {
         features
     }
 
-    // The queues know by themselves.
+    // It is not offered.
     fn set_event_idx(&self, _enabled: bool) {}
 
     fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {

@@ -13,7 +13,7 @@ use vz_sys::memory::{MAX_PIECES, readv};
 use super::{BATCH, BadFrame, HEADER, MAX_CHAIN_PIECES, MAX_FRAME, port::Port};
 use crate::{
     Error, Memory,
-    chain::{Buffers, Malformed, Slice, add_used_together},
+    chain::{Buffers, Malformed, Slice, add_used_together, silence},
     mistakes::Mistakes,
 };
 
@@ -64,7 +64,7 @@ impl Receiver {
     ) -> Result<Progress, Error> {
         let mut window = Window::new(memory, queue.size(), self.mergeable);
         let mut progress = Progress::default();
-        queue.disable_notification(memory).map_err(Error::Ring)?;
+        silence(queue, memory)?;
         for turn in 0.. {
             if !self.readable && self.held == 0 {
                 break;
@@ -87,7 +87,7 @@ impl Receiver {
                     if !queue.enable_notification(memory).map_err(Error::Ring)? {
                         break;
                     }
-                    queue.disable_notification(memory).map_err(Error::Ring)?;
+                    silence(queue, memory)?;
                 }
             }
         }
