@@ -31,7 +31,8 @@ build_kube() {
       sed -n 's/^go .*/&/p; s/^godebug .*/&/p' "$src/go.mod"
       printf 'require %s %s\n' "$m" "$kube_version"
       sed '/^module /d; /^go /d; /^godebug /d; /^\/\//d' "$src/go.mod" |
-        sed -E "s#(k8s.io/[a-z0-9-]+) v0.0.0$#\1 v0${kube_version#v1}#; s#=> ./staging/src/(k8s.io/[a-z0-9-]+)#=> \1 v0${kube_version#v1}#"
+        sed -E "s@(k8s.io/[a-z0-9-]+) v0\.0\.0\$@\1 v0${kube_version#v1}@
+          s@=> ./staging/src/(k8s.io/[a-z0-9-]+)@=> \1 v0${kube_version#v1}@"
     } >go.mod
     cp --no-preserve=mode "$src/go.sum" go.sum
     for program in "${kube_programs[@]}"; do

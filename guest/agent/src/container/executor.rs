@@ -76,6 +76,7 @@ impl Executor for Program {
 /// Waits for SIGTERM or SIGINT, which end the process. The kernel reaps what the containers of a shared PID namespace
 /// leave behind, since nobody wants to know.
 fn pause() -> Errno {
+    vz_sys::thread::set_name("pause");
     if let Err(error) = vz_sys::fork::reap_nobody() {
         return error;
     }
