@@ -70,8 +70,8 @@ pub fn arguments(config: &Config<'_>, first: RawFd) -> Vec<String> {
     // Without ACPI the guest cannot power off, so it reboots and -no-reboot ends QEMU; with it, this machine hangs at
     // boot now and then. It does not boot without the timer (pit) and interrupt controller (pic) of a PC.
     add("machine", "microvm,x-option-roms=off,isa-serial=on,pit=on,pic=on,rtc=on,acpi=off,memory-backend=ram".into());
-    // With one thread QEMU 7.2 leaves the guest's memory barriers out, so that suppressed notifications get lost: no device
-    // has EVENT_IDX, see vz_vhost's adapter. What QEMU's own devices lose then comes with the next buffer.
+    // With one thread QEMU 7.2 leaves the guest's memory barriers out, so that suppressed notifications get lost: no
+    // device has EVENT_IDX, see vz_vhost's adapter. What QEMU's own devices lose then comes with the next buffer.
     //
     // A thread for each vCPU would be faster where they are several, and crash their kernel now and then: a vCPU can
     // run a breakpoint that the kernel has just patched away (its jump labels), which no processor does. The buffer for

@@ -225,3 +225,41 @@ impl VhostUserBackend for Adapter {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::GuestAddress;
+    use vz_virtio::{Error, Queues};
+
+    use super::*;
+
+    struct Device;
+
+    impl Backend for Device {
+        fn kind(&self) -> Kind {
+            Kind::Vsock
+        }
+
+        fn queue_sizes(&self) -> &[u16] {
+            &[16]
+        }
+
+        fn config(&self) -> &[u8] {
+            &[]
+        }
+
+        fn run(&mut self, _: Queues<'_, '_>, _: &Memory) -> Result<Kicks, Error> {
+            Ok(Kicks::NONE)
+        }
+    }
+
+    #[test]
+    fn no_guest_may_suppress_notifications() {
+        let memory = Memory::from_ranges(&[(GuestAddress(0), 4096)]).unwrap();
+        let workers = Worker::single(Device, "test", Role::Protocol);
+        let adapter = Adapter::new(1, workers, GuestMemoryAtomic::new(memory), Arc::new(|_| ())).unwrap();
+        // VIRTIO_RING_F_EVENT_IDX (virtio 1.2, 6).
+        assert_eq!(adapter.features >> 29 & 1, 0);
+        assert_eq!(adapter.features >> 28 & 1, 1, "indirect descriptors are");
+    }
+}

@@ -226,8 +226,8 @@ pub(crate) fn serve(
 
 /// Tells the guest not to notify while the queue is looked at, if they have agreed on EVENT_IDX.
 ///
-/// Without it, the guest may be one whose memory barriers are not to be relied on, see `vz_vhost`'s adapter: a flag that
-/// it sees too late would keep it from notifying when it must.
+/// Without it, the guest may be one whose memory barriers are not to be relied on, see `vz_vhost`'s adapter. A flag
+/// that it sees too late would keep it from notifying when it must.
 pub(crate) fn silence(queue: &mut Queue, memory: &Memory) -> Result<(), Error> {
     if queue.event_idx_enabled() {
         queue.disable_notification(memory).map_err(Error::Ring)?;

@@ -32,19 +32,23 @@ impl Shape {
 }
 
 /// vCPUs and MiB for a container with this spec: its limits (memory plus the guest's own need), or the configured
-/// size, within the configured bounds.
+/// size, within the configured bounds. A pod has at least the configured size: what it announces leaves out containers
+/// without limits.
 fn size(config: &Config, spec: &Spec) -> (u32, u64) {
     let (cpus, memory) = spec::limits(spec);
     let host = host();
     let most_cpus = if config.vm.max_vcpus == 0 { host.vcpus } else { config.vm.max_vcpus };
     let annotated = spec::annotations(spec);
     let set = |key: &str| annotated.contains_key(&format!("{}{key}", vz_config::ANNOTATION));
+    let (least_cpus, least_mib) = if spec::is_pod(spec) { (config.vm.vcpus, config.vm.memory_mib) } else { (1, 0) };
     let vcpus = match cpus {
-        Some(cpus) if !set("vcpus") => cpus.min(most_cpus).max(1),
+        Some(cpus) if !set("vcpus") => cpus.min(most_cpus).max(least_cpus),
         _ => config.vm.vcpus,
     };
     let mut mib = match memory {
-        Some(limit) if !set("memory-mib") => limit.div_ceil(1 << 20).saturating_add(config.vm.memory_base_mib),
+        Some(limit) if !set("memory-mib") => {
+            limit.div_ceil(1 << 20).saturating_add(config.vm.memory_base_mib).max(least_mib)
+        }
         _ => config.vm.memory_mib,
     };
     let most = if config.vm.max_memory_mib == 0 { host.memory_mib } else { Some(config.vm.max_memory_mib) };
@@ -82,6 +86,16 @@ mod tests {
         assert_eq!(size(&config, &spec(&json!({}))), (1, 1024));
         let limited = json!({ "cpu": { "quota": 250_000, "period": 100_000 }, "memory": { "limit": 67_108_865 } });
         assert_eq!(size(&config, &spec(&limited)), (3, 65 + 128));
+        let pod = |memory: &str, quota: &str| {
+            let annotations = json!({
+                spec::POD_ROLE: spec::POD_SANDBOX, spec::POD_MEMORY: memory, spec::POD_CPU_QUOTA: quota,
+            });
+            let value =
+                json!({ "ociVersion": "1.2.0", "root": { "path": "r" }, "annotations": annotations, "linux": {} });
+            size(&config, &serde_json::from_value(value).unwrap())
+        };
+        assert_eq!(pod("67108864", "50000"), (1, 1024));
+        assert_eq!(pod("2147483648", "250000"), (3, 2048 + 128));
         let huge = json!({ "cpu": { "quota": 99_000_000 }, "memory": { "limit": 1_u64 << 50 } });
         assert_eq!(size(&config, &spec(&huge)), (8, 4096));
     }
