@@ -157,7 +157,9 @@ impl Lab {
             .map_err(|e| Unfit::Broken(format!("run bash: {e}")))?;
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
         for (name, value) in text.split('\0').filter_map(|pair| pair.split_once('=')) {
-            let wanted = name == "PATH" || name == "NERDCTL_TOML" || name.starts_with("CONTAINERD_");
+            let wanted = name == "PATH"
+                || ["NERDCTL_TOML", "CRI_CONFIG_FILE"].contains(&name)
+                || name.starts_with("CONTAINERD_");
             if wanted {
                 self.env.push((name.into(), value.into()));
             }

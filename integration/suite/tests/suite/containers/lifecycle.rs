@@ -27,6 +27,7 @@ tests![
     what_is_killed_can_be_started_at_once,
     containers_live_side_by_side,
     what_is_not_offered_says_so,
+    limits_change_while_a_container_runs,
     a_killed_client_can_be_cleaned_up_after,
 ];
 
@@ -238,9 +239,27 @@ fn what_is_not_offered_says_so(lab: &Lab) -> Verdict {
     for action in ["pause", "resume", "checkpoint"] {
         lab.ctr(&["task", action, &container.id]).run().fails_with(&["not supported by vz"]);
     }
-    lab.nerdctl(&["update", "--memory", "100m", &container.name]).run().fails_with(&["not supported by vz"]);
     // None of which does any harm.
     assert_eq!(container.sh("echo well"), "well");
+    Ok(())
+}
+
+fn limits_change_while_a_container_runs(lab: &Lab) -> Verdict {
+    let container = Container::start(lab, "limits", &["--memory", "200m", "--cpus", "1", BUSYBOX, "sleep", "1000"]);
+    let figures = || container.sh("cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/cpu.max");
+    let update = |args: &[&str]| {
+        let args: Vec<_> = ["update"].iter().chain(args).copied().chain([container.name.as_str()]).collect();
+        lab.nerdctl(&args).run()
+    };
+    assert_eq!(figures(), format!("{}\n100000 100000", 200 << 20));
+    update(&["--memory", "100m", "--cpus", "0.5"]).ok();
+    assert_eq!(figures(), format!("{}\n50000 100000", 100 << 20));
+    update(&["--memory", "150m"]).ok();
+    assert_eq!(figures(), format!("{}\n50000 100000", 150 << 20));
+    if lab.is_vz() {
+        update(&["--memory", "64g"]).fails_with(&["memory limit of 65536 MiB", "vm.memory_mib"]);
+        assert_eq!(figures(), format!("{}\n50000 100000", 150 << 20));
+    }
     Ok(())
 }
 

@@ -3,7 +3,15 @@
 use std::{fs, os::unix::net::UnixStream, path::Path, time::Duration};
 
 use serde_json::json;
-use vz_suite::{Lab, Verdict, command::Program, container::Task, host, lab::BUSYBOX, poll::until, tests};
+use vz_suite::{
+    Lab, Verdict,
+    command::Program,
+    container::Task,
+    host,
+    lab::BUSYBOX,
+    poll::{patiently, until},
+    tests,
+};
 
 tests![
     the_version_is_told,
@@ -13,6 +21,7 @@ tests![
     a_daemon_that_dies_before_anybody_calls_it_leaves_nothing,
     a_daemon_that_has_been_called_is_not_watched,
     start_of_a_broken_bundle_says_why,
+    a_bundle_without_a_spec_waits_for_the_sandbox_api,
     delete_of_nothing_succeeds,
 ];
 
@@ -173,8 +182,20 @@ fn start_of_a_broken_bundle_says_why(lab: &Lab) -> Verdict {
         output.fails_with(said);
         assert_eq!(output.errors().lines().count(), 1, "{output}");
     }
-    fs::remove_file(dir.path().join("config.json")).expect("remove a file");
-    call(lab, &lab.id("broken"), &["start"]).dir(dir.path()).run().fails_with(&["config.json", "No such file"]);
+    Ok(())
+}
+
+fn a_bundle_without_a_spec_waits_for_the_sandbox_api(lab: &Lab) -> Verdict {
+    lab.vz_only()?;
+    let dir = lab.dir();
+    let id = lab.id("podless");
+    call(lab, &id, &["start"]).dir(dir.path()).run().exits(0);
+    assert!(host::find(&id, host::Role::Vmm).is_none(), "there is no VM before somebody says what it is to be");
+    let shim = host::await_process(&id, host::Role::Shim);
+    call(lab, &id, &["-bundle", &dir.path().display().to_string(), "delete"]).run().exits(0);
+    until("the daemon to be gone", patiently(Duration::from_secs(10)), || {
+        host::Processes::now().get(shim.pid).is_none().then_some(())
+    });
     Ok(())
 }
 
