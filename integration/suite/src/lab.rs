@@ -30,6 +30,9 @@ pub const BUSYBOX: &str = "vz.test/busybox:1";
 pub const DEBIAN: &str = "vz.test/debian:12";
 /// The image with a web server.
 pub const NGINX: &str = "vz.test/nginx:1";
+/// A script that prints a container's limits of memory and CPU, whether it has a cgroup namespace or not.
+pub const LIMITS: &str = "d=/sys/fs/cgroup; [ -e $d/memory.max ] || d=$d$(cut -d: -f3 /proc/self/cgroup)
+    cat $d/memory.max $d/cpu.max";
 /// What all containers of the suite have in their names.
 pub const PREFIX: &str = "vzt-";
 /// The shim's own deadlines, in seconds.

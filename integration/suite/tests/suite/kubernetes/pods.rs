@@ -7,7 +7,7 @@ use vz_suite::{
     Lab, Skip, Verdict,
     command::Program,
     host::{self, Role, find},
-    lab::BUSYBOX,
+    lab::{BUSYBOX, LIMITS},
     poll::{patiently, until},
     tests,
 };
@@ -112,14 +112,21 @@ impl<'l> Pod<'l> {
         })
     }
 
-    fn state(&self) -> String {
-        let said = self.lab.crictl(&["inspectp", &self.id]).run().ok();
-        let said: Value = serde_json::from_str(&said).expect("what crictl says");
-        said["status"]["state"].as_str().unwrap_or_default().to_owned()
+    /// Its state; nothing while containerd does not know, as when it has just lost the shim.
+    fn state(&self) -> Option<String> {
+        let said = self.lab.crictl(&["inspectp", &self.id]).run();
+        let said: Value = serde_json::from_str(&said.text()).ok()?;
+        said["status"]["state"].as_str().map(str::to_owned)
+    }
+
+    fn is_ready(&self) -> bool {
+        self.state().as_deref() == Some("SANDBOX_READY")
     }
 
     fn await_not_ready(&self) {
-        until("the pod not to be ready", patiently(SOON), || (self.state() == "SANDBOX_NOTREADY").then_some(()));
+        until("the pod not to be ready", patiently(SOON), || {
+            (self.state().as_deref() == Some("SANDBOX_NOTREADY")).then_some(())
+        });
     }
 }
 
@@ -132,9 +139,12 @@ impl Drop for Pod<'_> {
 
 fn containers_share_network_shared_memory_and_hostname(lab: &Lab) -> Verdict {
     each(lab, |handler| {
-        let pod = Pod::run(lab, handler, |_| ())?;
-        let one = pod.container("one", "echo from one >/dev/shm/word; nc -l -p 7000 -e cat; sleep 1000", |_| ());
-        let two = pod.container("two", "sleep 1000", |_| ());
+        // CONTAINER, which is what pods without shareProcessNamespace have.
+        let own =
+            |config: &mut Value| config["linux"]["security_context"] = json!({ "namespace_options": { "pid": 1 } });
+        let pod = Pod::run(lab, handler, own)?;
+        let one = pod.container("one", "echo from one >/dev/shm/word; nc -l -p 7000 -e cat; sleep 1000", own);
+        let two = pod.container("two", "sleep 1000", own);
         assert_eq!(pod.exec(&two, "cat /dev/shm/word; hostname; cat /etc/hostname"), "from one\nweb\nweb");
         assert_eq!(pod.exec(&two, "echo hello | nc 127.0.0.1 7000"), "hello");
         for (kind, is_shared) in [("ipc", true), ("uts", true), ("net", true), ("pid", false), ("mnt", false)] {
@@ -153,11 +163,11 @@ fn a_pod_outlives_its_containers(lab: &Lab) -> Verdict {
             assert_eq!(pod.await_exit(&init)["exitCode"], attempt);
             lab.crictl(&["rm", &init]).run().ok();
         }
-        assert_eq!(pod.state(), "SANDBOX_READY");
+        assert!(pod.is_ready());
         let main = pod.container("main", "sleep 1000", |_| ());
         assert_eq!(pod.exec(&main, "echo here"), "here");
         lab.crictl(&["stopp", &pod.id]).run().ok();
-        assert_eq!(pod.state(), "SANDBOX_NOTREADY");
+        assert!(!pod.is_ready());
         // Once more is no error.
         lab.crictl(&["stopp", &pod.id]).run().ok();
         Ok(())
@@ -185,7 +195,7 @@ fn limits_change_while_a_container_runs(lab: &Lab) -> Verdict {
         let pod = Pod::run(lab, handler, |_| ())?;
         let limit = json!({ "memory_limit_in_bytes": 64 << 20, "cpu_period": 100_000, "cpu_quota": 50_000 });
         let id = pod.container("main", "sleep 1000", |container| container["linux"]["resources"] = limit);
-        let figures = || pod.exec(&id, "cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/cpu.max");
+        let figures = || pod.exec(&id, LIMITS);
         assert_eq!(figures(), format!("{}\n50000 100000", 64 << 20));
         let (more, quota) = ((128 << 20).to_string(), "80000".to_owned());
         lab.crictl(&["update", "--memory", &more, "--cpu-quota", &quota, "--cpu-period", "100000", &id]).run().ok();
@@ -207,7 +217,7 @@ fn a_container_without_memory_is_oom_killed(lab: &Lab) -> Verdict {
         let id = pod.container("main", script, |container| container["linux"]["resources"] = limit);
         let status = pod.await_exit(&id);
         assert_eq!((&status["reason"], &status["exitCode"]), (&json!("OOMKilled"), &json!(137)), "{status}");
-        assert_eq!(pod.state(), "SANDBOX_READY");
+        assert!(pod.is_ready());
         Ok(())
     })
 }
@@ -242,12 +252,14 @@ fn the_hosts_namespaces_are_refused(lab: &Lab) -> Verdict {
 fn nothing_is_left_of_a_pod_whose_shim_is_killed(lab: &Lab) -> Verdict {
     each(lab, |handler| {
         let pod = Pod::run(lab, handler, |_| ())?;
-        pod.container("one", "sleep 1000", |_| ());
-        pod.container("two", "sleep 1000", |_| ());
+        let containers = ["one", "two"].map(|name| pod.container(name, "sleep 1000", |_| ()));
         let shim = find(&pod.id, Role::Shim).expect("the pod's shim");
         host::kill(&shim);
         pod.await_not_ready();
         until("the VM to end", patiently(SOON), || find(&pod.id, Role::Vmm).is_none().then_some(()));
+        for container in &containers {
+            pod.await_exit(container);
+        }
         Ok(())
     })
 }
@@ -269,7 +281,7 @@ fn a_pod_survives_containerds_restart(lab: &Lab) -> Verdict {
         let id = pod.container("main", "sleep 1000", |_| ());
         host::kill(&lab.containerd());
         lab.start_containerd();
-        assert_eq!(pod.state(), "SANDBOX_READY");
+        assert!(pod.is_ready());
         assert_eq!(pod.exec(&id, "hostname"), "web");
         let more = pod.container("more", "sleep 1000", |_| ());
         assert_eq!(pod.exec(&more, "hostname"), "web");
