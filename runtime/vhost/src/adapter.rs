@@ -228,6 +228,8 @@ impl VhostUserBackend for Adapter {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use vm_memory::GuestAddress;
     use vz_virtio::{Error, Queues};
 

@@ -41,10 +41,22 @@ pub enum Error {
     Pod(#[from] super::pod::Error),
     /// The sandbox cannot be made.
     #[error(transparent)]
-    Sandbox(#[from] super::Error),
+    Sandbox(Box<super::Error>),
     /// Its pause container.
     #[error(transparent)]
-    Container(#[from] container::Error),
+    Container(Box<container::Error>),
+}
+
+impl From<super::Error> for Error {
+    fn from(error: super::Error) -> Self {
+        Self::Sandbox(Box::new(error))
+    }
+}
+
+impl From<container::Error> for Error {
+    fn from(error: container::Error) -> Self {
+        Self::Container(Box::new(error))
+    }
 }
 
 /// A pod that runs or has run.

@@ -54,11 +54,14 @@ fn of_served(error: &served::Error) -> Code {
         served::Error::NotFound(_) => Code::NOT_FOUND,
         served::Error::Step { .. } => Code::FAILED_PRECONDITION,
         served::Error::Pod(pod::Error::Options(_) | pod::Error::Spec(_)) => Code::INVALID_ARGUMENT,
-        served::Error::Sandbox(sandbox::Error::Host(error)) => of_host(error),
-        served::Error::Sandbox(sandbox::Error::Guest(error)) => of_guest(error),
-        served::Error::Sandbox(sandbox::Error::Spec(_) | sandbox::Error::Config(_)) => Code::INVALID_ARGUMENT,
+        served::Error::Pod(pod::Error::Bundle { .. }) => Code::UNKNOWN,
         served::Error::Container(error) => of_container(error),
-        served::Error::Pod(pod::Error::Bundle { .. }) | served::Error::Sandbox(_) => Code::UNKNOWN,
+        served::Error::Sandbox(error) => match &**error {
+            sandbox::Error::Host(error) => of_host(error),
+            sandbox::Error::Guest(error) => of_guest(error),
+            sandbox::Error::Spec(_) | sandbox::Error::Config(_) => Code::INVALID_ARGUMENT,
+            sandbox::Error::FindBundle(_) | sandbox::Error::OpenBundle(_) => Code::UNKNOWN,
+        },
     }
 }
 
