@@ -76,13 +76,19 @@ pub fn unsupported(field: impl Into<String>, why: &'static str) -> Error {
 /// What the VM must have for a sandbox whose first container has this spec: CPUs and bytes, where limited.
 pub fn limits(spec: &Spec) -> (Option<u32>, Option<u64>) {
     let (cpu, memory) = resources(spec);
-    let cpus = cpu.and_then(|cpu| {
-        let quota = u64::try_from(cpu.quota()?).ok().filter(|quota| *quota > 0)?;
-        let period = cpu.period().filter(|period| *period > 0).unwrap_or(100_000);
-        u32::try_from(quota.div_ceil(period)).ok()
-    });
-    let memory = memory.and_then(|limit| u64::try_from(limit).ok()).filter(|limit| *limit > 0 && *limit < 1 << 62);
-    (cpus, memory)
+    (cpu.as_ref().and_then(cpus), memory.and_then(bytes))
+}
+
+/// CPUs that a quota of CPU time takes, rounded up; nothing if there is no quota.
+pub fn cpus(cpu: &LinuxCpu) -> Option<u32> {
+    let quota = u64::try_from(cpu.quota()?).ok().filter(|quota| *quota > 0)?;
+    let period = cpu.period().filter(|period| *period > 0).unwrap_or(100_000);
+    u32::try_from(quota.div_ceil(period)).ok()
+}
+
+/// Bytes of a memory limit; nothing if the number stands for no limit.
+pub fn bytes(limit: i64) -> Option<u64> {
+    u64::try_from(limit).ok().filter(|limit| *limit > 0 && *limit < 1 << 62)
 }
 
 /// CPU time and bytes of memory that a sandbox may use: those of its container, or for a pod what all its containers

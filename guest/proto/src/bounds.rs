@@ -15,9 +15,9 @@ pub struct TooLarge(pub u32);
 /// Where in a message the stream is.
 #[derive(Debug, Default)]
 pub struct Bounds {
-    /// What has come of a header.
+    /// Inside a header: its bytes so far.
     header: Vec<u8>,
-    /// What is to come of a message.
+    /// Inside a message: bytes that are left.
     left: usize,
 }
 

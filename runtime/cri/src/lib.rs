@@ -1,4 +1,4 @@
-//! What containerd's CRI plugin tells a sandbox of its pod: the options of `CreateSandbox`.
+//! The description of a pod that containerd's CRI plugin sends as the options of `CreateSandbox`.
 //!
 //! The messages are a part of the Container Runtime Interface, version 1, with its field numbers. See
 //! `proto/cri.proto`.

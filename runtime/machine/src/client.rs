@@ -33,7 +33,7 @@ pub enum Error {
     /// A message could not be sent.
     #[error("send request to vmm")]
     Send(#[source] io::Error),
-    /// A message could not be received, or is none.
+    /// Receiving a message failed, or its bytes are no message.
     #[error("receive from vmm")]
     Receive(#[source] io::Error),
     /// A connection to the guest was refused.

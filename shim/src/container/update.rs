@@ -1,6 +1,6 @@
 //! Changes the limits of a container that there is: in the guest, and for the sandbox's only container on the host too.
 
-use oci_spec::runtime::{LinuxCpu, LinuxResources};
+use oci_spec::runtime::{LinuxMemory, LinuxResources};
 
 use super::{Container, Error, State, plan};
 use crate::{guest::Size, spec};
@@ -28,17 +28,17 @@ impl Container {
 
 /// Refuses what a VM of this size does not have.
 fn fits(resources: &LinuxResources, size: Size) -> Result<(), Error> {
-    let memory = resources.memory().as_ref().and_then(oci_spec::runtime::LinuxMemory::limit);
-    let asked = memory.and_then(|bytes| u64::try_from(bytes).ok()).filter(|bytes| *bytes < 1 << 62);
-    if let Some(mib) = asked.map(|bytes| bytes.div_ceil(1 << 20)).filter(|mib| *mib > size.memory_mib) {
+    let memory = resources.memory().as_ref().and_then(LinuxMemory::limit);
+    let asked = memory.and_then(spec::bytes).map(|bytes| bytes.div_ceil(1 << 20));
+    if let Some(mib) = asked.filter(|mib| *mib > size.memory_mib) {
         return Err(Error::TooLarge {
             asked: format!("memory limit of {mib} MiB"),
             has: format!("{} MiB", size.memory_mib),
             set: "vm.memory_mib",
         });
     }
-    let cpus = resources.cpu().as_ref().and_then(cpus);
-    if let Some(cpus) = cpus.filter(|cpus| *cpus > u64::from(size.vcpus)) {
+    let cpus = resources.cpu().as_ref().and_then(spec::cpus);
+    if let Some(cpus) = cpus.filter(|cpus| *cpus > size.vcpus) {
         return Err(Error::TooLarge {
             asked: format!("CPU limit of {cpus} CPUs"),
             has: format!("{} vCPUs", size.vcpus),
@@ -46,12 +46,6 @@ fn fits(resources: &LinuxResources, size: Size) -> Result<(), Error> {
         });
     }
     Ok(())
-}
-
-/// CPUs that a quota takes at least.
-fn cpus(cpu: &LinuxCpu) -> Option<u64> {
-    let quota = u64::try_from(cpu.quota()?).ok().filter(|quota| *quota > 0)?;
-    Some(quota.div_ceil(cpu.period().filter(|period| *period > 0).unwrap_or(100_000)))
 }
 
 #[cfg(test)]

@@ -136,17 +136,17 @@ impl Cgroup {
     pub fn metrics(&self) -> Metrics {
         let paths = self.paths();
         let read = |name: &str| paths.iter().find_map(|path| fs::read_to_string(path.join(name)).ok());
-        let number = |names: [&str; 2]| names.iter().find_map(|name| read(name)?.trim().parse().ok());
+        let number = |names: &[&str]| names.iter().find_map(|name| read(name)?.trim().parse().ok());
         let usage_usec = read("cpu.stat")
             .and_then(|text| text.lines().find_map(|line| line.strip_prefix("usage_usec ")?.parse().ok()))
             .or_else(|| Some(read("cpuacct.usage")?.trim().parse::<u64>().ok()? / 1000));
         let cpu = CPUStat { usage_usec: usage_usec.unwrap_or(0), ..Default::default() };
         let memory = MemoryStat {
-            usage: number(["memory.current", "memory.usage_in_bytes"]).unwrap_or(0),
-            usage_limit: number(["memory.max", "memory.limit_in_bytes"]).unwrap_or(u64::MAX),
+            usage: number(&["memory.current", "memory.usage_in_bytes"]).unwrap_or(0),
+            usage_limit: number(&["memory.max", "memory.limit_in_bytes"]).unwrap_or(u64::MAX),
             ..Default::default()
         };
-        let pids = PidsStat { current: number(["pids.current", "pids.current"]).unwrap_or(0), ..Default::default() };
+        let pids = PidsStat { current: number(&["pids.current"]).unwrap_or(0), ..Default::default() };
         Metrics {
             cpu: MessageField::some(cpu),
             memory: MessageField::some(memory),

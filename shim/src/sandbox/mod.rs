@@ -232,10 +232,10 @@ impl Sandbox {
             .into_iter()
             .map(|container| {
                 tokio::spawn(async move {
+                    // Its end is published then. An end that the kernel holds up is not waited for.
                     if let Err(error) = container.kill_init(true).await {
                         tracing::warn!(container = container.id, error = chain(&error), "kill");
                     }
-                    container.init.wait().await;
                     // Its file systems are unmounted in the guest before the VM ends.
                     container.leave_guest().await;
                 })

@@ -3,8 +3,10 @@
 //! A pod's steps are Create, Start, Stop and Shutdown. Stop and Shutdown may come at any step and more than once. The
 //! pod's end is that of its pause container, whatever ends it: Stop, or the VM.
 
-use std::sync::{Arc, Mutex, OnceLock};
-use std::time::SystemTime;
+use std::{
+    sync::{Arc, Mutex, OnceLock},
+    time::SystemTime,
+};
 
 use containerd_shim_protos::api::CreateTaskRequest;
 use tokio::sync::{Notify, watch};
@@ -74,7 +76,7 @@ pub struct Life {
 #[derive(Debug)]
 pub struct Served {
     identity: Identity,
-    /// What a pod's sandbox is made from, until it is.
+    /// The parts that [`Self::create`] makes a pod's sandbox of; taken by it.
     ground: Mutex<Option<(Ground, Publisher)>>,
     sandbox: OnceLock<Arc<Sandbox>>,
     life: watch::Sender<Option<Life>>,

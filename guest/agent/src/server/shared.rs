@@ -1,4 +1,4 @@
-//! What containers of a VM have in common: namespaces that one joins of another, and shared memory.
+//! Namespaces and shared memory that several containers of a VM use.
 
 use std::{
     fs, io,

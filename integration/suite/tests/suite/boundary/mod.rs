@@ -1,4 +1,4 @@
-//! What a hostile guest, a hung guest and a busy host must not do.
+//! Hostile guests, hung guests and busy hosts: they harm nobody else.
 
 pub mod endings;
 pub mod escape;
